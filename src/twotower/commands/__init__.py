@@ -1,0 +1,1 @@
+"""One module a command: `run(config, free_text)`, no logic of its own."""

@@ -1,0 +1,361 @@
+"""The config tree: every setting with its default, meaning, unit and range, and nothing else.
+
+Hydra composes it (`hydra_app.py`), `to_config` checks it, and everything behind `commands/` takes
+these typed values. Nothing writes into a config once it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """A mistake of the user's: printed as one sentence, exit code 1, no traceback."""
+
+
+class Precision(enum.Enum):
+    """What the forward pass computes in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(enum.Enum):
+    """Where the work runs; `auto` takes CUDA when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class StoreDtype(enum.Enum):
+    """What an embedding store holds."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Rows(enum.Enum):
+    """What one row of an embedding store is."""
+
+    images = "images"
+    pairs = "pairs"
+
+
+class BatchNorm(enum.Enum):
+    """What the batch norms of a trainable tower normalise by."""
+
+    frozen = "frozen"
+    sync = "sync"
+    local = "local"
+
+
+class Metric(enum.Enum):
+    """How a query and a row are compared."""
+
+    cosine = "cosine"
+    ip = "ip"
+
+
+def setting(
+    default: T,
+    meaning: str,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> T:
+    """Declare a field of a `Section`: its default, its meaning with its unit, and its bounds.
+
+    Typed as the default's type so that a type checker sees the field as what it holds.
+    """
+    bounds = {"gt": gt, "ge": ge, "le": le, "lt": lt}
+    metadata = {"meaning": meaning, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    if isinstance(default, list):
+        made: Any = dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    else:
+        made = dataclasses.field(default=default, metadata=metadata)
+    return made  # type: ignore[no-any-return]
+
+
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "gt": ("greater than", lambda value, bound: value > bound),
+    "ge": ("at least", lambda value, bound: value >= bound),
+    "lt": ("less than", lambda value, bound: value < bound),
+    "le": ("at most", lambda value, bound: value <= bound),
+}
+
+
+@dataclass(kw_only=True)
+class Section:
+    """One section of the config; checks its bounds when it is made.
+
+    Raises:
+        ConfigError: a value is outside the bounds of its field.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            values = value if isinstance(value, list) else [value]
+            for kind, bound in field.metadata.get("bounds", {}).items():
+                words, holds = _BOUNDS[kind]
+                for item in values:
+                    if not holds(item, bound):
+                        key = f"{self.section}.{field.name}"
+                        raise ConfigError(f"{key} must be {words} {bound:g}, not {item}")
+
+
+@dataclass(kw_only=True)
+class Choice(Section):
+    """A section whose class is chosen by a config group; a registry fills in `registered_name`."""
+
+    registered_name: ClassVar[str] = ""
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Choice):
+    """What every variant shares; a variant's own fields are in `models/<name>.py`."""
+
+    section: ClassVar[str] = "model"
+
+    batch_norm: BatchNorm = setting(
+        BatchNorm.frozen,
+        "batch norms of a trained tower: frozen (statistics kept), sync (over ranks) or local",
+    )
+    crop_min_scale: float = setting(
+        0.9, "smallest share of a picture's area that a random training crop keeps", gt=0, le=1
+    )
+    flip: bool = setting(False, "mirror every second training picture")
+
+
+@dataclass(kw_only=True)
+class DataConfig(Choice):
+    """What every data source shares; a source's own fields are in `data/<name>.py`."""
+
+    section: ClassVar[str] = "data"
+
+
+@dataclass(kw_only=True)
+class IndexConfig(Choice):
+    """What every index shares; an index's own fields are in `retrieval/<name>.py`."""
+
+    section: ClassVar[str] = "index"
+
+    metric: Metric = setting(Metric.cosine, "cosine, or ip for the plain inner product")
+
+
+@dataclass(kw_only=True)
+class RunConfig(Section):
+    """Where everything of a run is kept."""
+
+    section: ClassVar[str] = "run"
+
+    name: str = setting(
+        "${twotower.run_name:}",
+        "names logs/<name> and models/<name>; by default <model>-<data>-<hash of the config>",
+    )
+    models_dir: str = setting("models", "folder of checkpoints and stores")
+    logs_dir: str = setting("logs", "folder of logs, metrics and figures")
+
+
+@dataclass(kw_only=True)
+class DistributedConfig(Section):
+    """Processes and devices of one machine; under torchrun its environment decides."""
+
+    section: ClassVar[str] = "distributed"
+
+    nproc_per_node: int = setting(
+        1, "processes on this machine, one a GPU or a share of the cores", ge=1
+    )
+    device: Device = setting(Device.auto, "auto, cpu or cuda")
+    num_threads: int = setting(0, "CPU threads a process; 0 shares the cores out evenly", ge=0)
+    timeout_minutes: float = setting(30.0, "minutes that a collective may wait for a rank", gt=0)
+    oversubscribe: bool = setting(False, "allow more processes than the machine has cores or GPUs")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Section):
+    """The optimisation."""
+
+    section: ClassVar[str] = "train"
+    not_in_run_name: ClassVar[tuple[str, ...]] = (
+        "num_workers",
+        "log_every",
+        "save_minutes",
+        "resume",
+        "overwrite",
+    )
+
+    epochs: int = setting(30, "passes over the training images", ge=1)
+    max_steps: int = setting(0, "stop after this many optimiser steps; 0 is no limit", ge=0)
+    batch_size: int = setting(
+        128, "image-text pairs a step over all ranks: the contrastive batch", ge=2
+    )
+    lr: float = setting(5e-4, "peak learning rate", gt=0)
+    weight_decay: float = setting(
+        0.2, "AdamW decay of matrices; never of norms, biases, logit_scale", ge=0
+    )
+    beta1: float = setting(0.9, "AdamW decay rate of the mean", ge=0, lt=1)
+    beta2: float = setting(0.98, "AdamW decay rate of the variance", ge=0, lt=1)
+    eps: float = setting(1e-6, "AdamW epsilon", gt=0)
+    warmup_fraction: float = setting(
+        0.1, "share of all steps in which the rate rises linearly", ge=0, le=1
+    )
+    grad_clip_norm: float = setting(1.0, "largest global gradient norm; 0 does not clip", ge=0)
+    precision: Precision = setting(Precision.fp32, "fp32, bf16 or fp16 (with a gradient scaler)")
+    num_workers: int = setting(
+        0, "processes a rank that load images; 0 loads in the rank itself", ge=0
+    )
+    eval_every: int = setting(1, "epochs between validations; 0 validates only at the end", ge=0)
+    log_every: int = setting(10, "steps between two lines in the metrics", ge=1)
+    cache_features: bool = setting(
+        True, "compute the features of a locked tower once and reuse them"
+    )
+    save_minutes: float = setting(10.0, "minutes between two saves inside an epoch", gt=0)
+    resume: bool = setting(True, "go on with a run that was stopped")
+    overwrite: bool = setting(False, "begin anew: a finished run instead of reusing it")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(Section):
+    """Retrieval measured on one split."""
+
+    section: ClassVar[str] = "evaluate"
+
+    split: str = setting("val", "split to measure on")
+    batch_size: int = setting(128, "images or captions a forward pass", ge=1)
+    num_workers: int = setting(0, "processes that load images", ge=0)
+    max_images: int = setting(0, "measure on the first so many images of the split; 0 is all", ge=0)
+    bootstrap: int = setting(
+        1000, "resamples over images behind the 95 % intervals; 0 gives none", ge=0
+    )
+
+
+@dataclass(kw_only=True)
+class EncodeConfig(Section):
+    """The export of embeddings."""
+
+    section: ClassVar[str] = "encode"
+
+    output: str = setting("", "store folder; by default models/<run.name>/store")
+    split: str = setting("", "split to encode; empty is every image")
+    rows: Rows = setting(Rows.images, "images: one row an image; pairs: one row a caption")
+    images: bool = setting(True, "write image embeddings")
+    texts: bool = setting(True, "write caption embeddings where there are captions")
+    dtype: StoreDtype = setting(StoreDtype.fp16, "fp16 or fp32")
+    precision: Precision = setting(Precision.fp32, "what the towers compute in: fp32, bf16 or fp16")
+    batch_size: int = setting(64, "rows a forward pass", ge=1)
+    shard_rows: int = setting(65536, "source rows a shard file", ge=1)
+    num_workers: int = setting(0, "processes a rank that load images", ge=0)
+    overwrite: bool = setting(False, "encode a finished store anew")
+
+
+@dataclass(kw_only=True)
+class SearchConfig(Section):
+    """One query's answer."""
+
+    section: ClassVar[str] = "search"
+
+    k: int = setting(25, "results a query", ge=1)
+    grid: bool = setting(True, "write a picture of the results")
+    output: str = setting("", "folder of the pictures; by default logs/<run.name>/search")
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig(Section):
+    """Indexes compared on the same queries."""
+
+    section: ClassVar[str] = "benchmark"
+
+    indexes: list[str] = setting(
+        ["exact", "Flat", "IVF64,Flat", "HNSW32", "SQ8"], "`exact` and FAISS factory strings"
+    )
+    queries: list[int] = setting([1, 16, 256], "batch sizes: queries a call", ge=1)
+    k: int = setting(10, "results a query", ge=1)
+    rounds: int = setting(5, "timed rounds, the indexes alternating", ge=1)
+    output: str = setting(
+        "", "folder of the tables and the plot; by default logs/<run.name>/benchmark"
+    )
+
+
+@dataclass(kw_only=True)
+class ReportConfig(Section):
+    """The comparison of runs."""
+
+    section: ClassVar[str] = "report"
+
+    runs: list[str] = setting([], "names of the runs to compare; empty is every measured run")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything; each command reads its own sections."""
+
+    model: ModelConfig
+    data: DataConfig
+    index: IndexConfig
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    seed: int = setting(1, "seed of everything random")
+    checkpoint: str = setting("", "checkpoint file; by default the best one of the run")
+    store: str = setting("", "embedding store folder; by default that of the run")
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, not {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeText:
+    """Words that never pass through Hydra's grammar; None where not given."""
+
+    verb: str | None = None
+    query: str | None = None
+    query_image: str | None = None
+    filter: str | None = None
+    path: str | None = None
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def to_plain(section: Section) -> dict[str, Any]:
+    """A section as JSON can hold it: enums by name."""
+    plain = dataclasses.asdict(section)
+    return {k: v.name if isinstance(v, enum.Enum) else v for k, v in plain.items()}
+
+
+def from_plain(config_class: type[SectionT], plain: dict[str, Any]) -> SectionT:
+    """The section that `to_plain` wrote.
+
+    Raises:
+        ConfigError: a key that the class does not have, or a value outside its bounds.
+    """
+    hints = get_type_hints(config_class)
+    values: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{config_class.section}.{key} is not known to this version of twotower"
+            )
+        hint = hints[key]
+        is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
+        values[key] = hint[value] if is_enum else value
+    return config_class(**values)

@@ -1,0 +1,240 @@
+"""The only door out of Hydra: composes the config, checks it, and hands typed values to a command.
+
+Hydra's grammar and messages stay behind this module: a mistake becomes a `ConfigError` of one
+sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twotower.config import Config, ConfigError, FreeText, TrainConfig
+from twotower.data import DATASETS
+from twotower.distributed import Stopped
+from twotower.models import MODELS
+from twotower.retrieval import INDEXES
+
+log = logging.getLogger(__name__)
+
+Command = Callable[[Config, FreeText], None]
+
+
+def run_name(root: DictConfig) -> str:
+    """`<model>-<data>-<hash>`: 8 hex digits of SHA-256 over what decides a run's result."""
+    parts: dict[str, Any] = {"seed": root.seed}
+    for key in ("model", "data", "train"):
+        parts[key] = OmegaConf.to_container(root[key], resolve=True, enum_to_str=True)
+    for key in TrainConfig.not_in_run_name:
+        parts["train"].pop(key, None)
+    text = json.dumps(parts, sort_keys=True, default=str)
+    names = [
+        getattr(OmegaConf.get_type(root, key), "registered_name", "") for key in ("model", "data")
+    ]
+    return "-".join([*names, hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+def register_schemas(command: str) -> None:
+    """Give Hydra the schemas of `Config` and of every choice, and the resolvers in the YAML."""
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config, provider="twotower")
+    for registry in (MODELS, DATASETS, INDEXES):
+        for name in registry:
+            store.store(
+                group=f"schema/{registry.group}",
+                name=name,
+                node=registry.config_class(name),
+                provider="twotower",
+            )
+    OmegaConf.register_new_resolver(
+        "twotower.run_name", lambda *, _root_: run_name(_root_), replace=True, use_cache=False
+    )
+    OmegaConf.register_new_resolver("twotower.command", lambda: command, replace=True)
+
+
+def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Keys that `+key=` put in past the schema, with the keys that would have been right."""
+    node_type = OmegaConf.get_type(node)
+    known = (
+        [field.name for field in dataclasses.fields(node_type)]
+        if dataclasses.is_dataclass(node_type)
+        else []
+    )
+    for key in map(str, node):
+        if key not in known:
+            yield f"{prefix}{key}", [f"{prefix}{name}" for name in known]
+        elif not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            yield from _unknown_keys(node[key], f"{prefix}{key}.")
+
+
+def _no_such_key(key: str, known: list[str]) -> ConfigError:
+    prefix, _, last = key.rpartition(".")
+    near = get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)
+    meant = f"; did you mean {prefix}.{near[0]}?" if prefix else f"; did you mean {''.join(near)}?"
+    return ConfigError(f"no such config key: {key}{meant if near else ''}")
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked `Config`.
+
+    Raises:
+        ConfigError: an unknown key, a missing or wrong value, or one out of its range.
+    """
+    for key, known in _unknown_keys(composed):
+        raise _no_such_key(key, known)
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def sentence(error: BaseException) -> str:
+    """One line out of Hydra's and OmegaConf's many."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}: an override is key=value, and a value with blanks, "
+            "commas or brackets in it stands in quotes, as in 'key=\"a value\"'"
+        )
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        key = cause.full_key or ""
+        not_there = re.match(r"Key '(.+?)' (?:not in|is not in struct)", str(cause))
+        if not_there:
+            node = cause.object_type
+            known = (
+                [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+            )
+            prefix = key.rpartition(".")[0]
+            return str(
+                _no_such_key(key, [f"{prefix}.{name}" if prefix else name for name in known])
+            )
+        first = str(cause).strip().splitlines()[0]
+        if first.startswith("Missing mandatory value"):
+            return f"{key} has no value; give it as {key}=..."
+        return f"{key}: {_lower(first)}" if key else first
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    options = [line for line in lines if line.startswith("Available options in")]
+    if options:
+        after = lines[lines.index(options[0]) + 1 :]
+        after = list(itertools.takewhile(lambda line: line != "Config search path:", after))
+        what = re.sub(r"^In '.*?': ", "", lines[0])
+        return f"{_lower(what)}; {_lower(options[0])} {', '.join(after)}"
+    return " ".join(line for line in lines if not line.startswith("See https://"))
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def compose(overrides: list[str], command: str = "train") -> Config:
+    """Compose and check a config without running a command (tests, notebooks).
+
+    Raises:
+        ConfigError: as `to_config`.
+    """
+    register_schemas(command)
+    try:
+        with hydra.initialize_config_module("twotower.conf", version_base="1.3"):
+            return to_config(hydra.compose("config", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(sentence(error)) from error
+
+
+def _refuse_sweep_under_torchrun(overrides: list[str]) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ and {"-m", "--multirun"} & set(overrides):
+        raise ConfigError(
+            "a sweep (-m) cannot run under torchrun; run `twotower train -m ... "
+            "distributed.nproc_per_node=N`, which starts the ranks of each job itself"
+        )
+
+
+def _without_traces(name: str) -> list[str]:
+    """Overrides that leave no folder and no log: for every rank but the first, and for `info`."""
+    if os.environ.get("RANK", "0") != "0":
+        logging_off = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+        return [*logging_off, "hydra.output_subdir=null"]
+    if name == "info":
+        logging_off = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        return [*logging_off, "hydra.output_subdir=null", "hydra.run.dir=."]
+    return []
+
+
+def _run_job(command: Command, composed: DictConfig, free_text: FreeText) -> None:
+    """One job, alone or of a sweep, where a mistake must not keep the other jobs from running."""
+    alone = HydraConfig.get().mode != RunMode.MULTIRUN
+    try:
+        command(to_config(composed), free_text)
+    except Stopped as stopped:
+        _fail(f"stopped: {stopped.saved}; the same command goes on from there")
+        sys.exit(128 + stopped.signal)
+    except ConfigError as error:
+        if alone:
+            sys.exit(_fail(str(error)))
+        log.error("twotower: %s", error)
+        raise
+    except Exception:
+        log.exception("the command failed")
+        if alone:
+            sys.exit(1)
+        raise
+
+
+def run_command(name: str, command: Command, free: dict[str, str], overrides: list[str]) -> int:
+    """Run `command` once, or once a job with `-m`; the exit code.
+
+    Only the first rank under torchrun keeps Hydra's folder and log.
+    """
+    register_schemas(name)
+    free_text = FreeText(**free)
+    overrides = [*overrides, *_without_traces(name)]
+    if {"-h", "--help"} & set(overrides):
+        from twotower.config_help import command_help
+
+        sys.stdout.write(command_help(name) + "\n")
+        return 0
+
+    @hydra.main(version_base="1.3", config_path="pkg://twotower.conf", config_name="config")
+    def job(composed: DictConfig) -> None:
+        _run_job(command, composed, free_text)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"twotower {name}", *overrides]
+    try:
+        _refuse_sweep_under_torchrun(overrides)
+        job()
+    except ConfigError as error:
+        return _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(sentence(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ntwotower: stopped\n")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _fail(text: str) -> int:
+    sys.stderr.write(f"twotower: {text}\n")
+    return 1

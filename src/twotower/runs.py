@@ -1,0 +1,47 @@
+"""Where everything of a run is: one name, two folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower.config import Config
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """`models/<name>` holds checkpoints, store and index; `logs/<name>` logs and figures."""
+
+    models: Path
+    logs: Path
+
+    @classmethod
+    def of(cls, config: Config) -> RunPaths:
+        """The folders of the run that a config names."""
+        name = config.run.name
+        return cls(Path(config.run.models_dir) / name, Path(config.run.logs_dir) / name)
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best validation recall so far."""
+        return self.models / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.models / "last.safetensors"
+
+    @property
+    def store(self) -> Path:
+        """The embedding store made from this run's checkpoint."""
+        return self.models / "store"
+
+
+def checkpoint_path(config: Config) -> Path:
+    """The checkpoint that a command works with: `checkpoint=`, or the best one of the run."""
+    return Path(config.checkpoint) if config.checkpoint else RunPaths.of(config).best
+
+
+def store_path(config: Config) -> Path:
+    """The store that a command works with: `store=`, or that beside the checkpoint."""
+    return Path(config.store) if config.store else checkpoint_path(config).parent / "store"
