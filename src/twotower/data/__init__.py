@@ -1,0 +1,18 @@
+"""Data sources: each module registers a function `config -> PairTable` beside its config class."""
+
+from twotower.data import flickr8k, folder, manifest, openmoji, synthetic
+from twotower.data.pairs import DATASETS, Batch, Collate, ImageTextDataset, Pair, PairTable
+
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "Collate",
+    "ImageTextDataset",
+    "Pair",
+    "PairTable",
+    "flickr8k",
+    "folder",
+    "manifest",
+    "openmoji",
+    "synthetic",
+]

@@ -1,0 +1,98 @@
+"""Flickr8k in the layouts it is published in (Hodosh, Young, Hockenmaier 2013)."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower.config import ConfigError, setting
+from twotower.data.pairs import DATASETS, Pair, PairTable
+from twotower.data.splits import SplitConfig, draw_splits
+
+log = logging.getLogger(__name__)
+
+IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+TEXT_FOLDERS = (".", "Flickr8k_text")
+LISTS = {"train": "trainImages", "val": "devImages", "test": "testImages"}
+UNLISTED = "unlisted"
+
+
+@dataclass(kw_only=True)
+class Flickr8kConfig(SplitConfig):
+    """Some 8,000 photographs with five captions each; non-commercial research use."""
+
+    folder: str = setting("dataset/flickr8k", "folder that holds Images and captions.txt")
+
+
+@DATASETS.register("flickr8k", Flickr8kConfig)
+def load_flickr8k(config: Flickr8kConfig) -> PairTable:
+    """The photographs that have both a file and captions, in the order of the caption file.
+
+    The published lists are the splits train, val (dev) and test; a photograph in none of them is
+    `unlisted`. Without any list the splits are drawn.
+
+    Raises:
+        ConfigError: the pictures or the captions are not there, or a line is malformed.
+    """
+    root = Path(config.folder)
+    images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
+    captions = _find(root, "captions.txt") or _find(root, "Flickr8k.token.txt")
+    if images is None or captions is None:
+        lacks = "Images" if images is None else "captions.txt (or Flickr8k.token.txt)"
+        raise ConfigError(
+            f"Flickr8k is not complete: {root} has no {lacks}; download it from "
+            "https://www.kaggle.com/datasets/adityajn105/flickr8k and unpack it there"
+        )
+    files = {path.name for path in images.iterdir()}
+    splits = _splits(root)
+    rows = list(_rows(captions))
+    absent = {name for name, _ in rows} - files
+    if absent:
+        log.warning("%s: left out %d images that have no file", captions, len(absent))
+    pairs = PairTable.from_pairs(
+        (
+            Pair(f"{images.name}/{name}", caption, splits.get(name, UNLISTED), name)
+            for name, caption in rows
+            if name in files
+        ),
+        root,
+        str(root),
+    )
+    return pairs if splits else draw_splits(pairs, config.val_fraction, config.split_seed)
+
+
+def _find(root: Path, name: str) -> Path | None:
+    paths = (root / folder / name for folder in TEXT_FOLDERS)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str]]:
+    """(picture file, caption) of each line of captions.txt or Flickr8k.token.txt."""
+    is_csv = path.name == "captions.txt"
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (is_csv and number == 1):
+            continue
+        if is_csv:
+            # Some copies leave captions with commas unquoted.
+            name, *rest = next(csv.reader([line]))
+            caption = ",".join(rest)
+        else:
+            key, _, caption = line.partition("\t")
+            name = key.rpartition("#")[0]
+        if not name or not caption.strip():
+            raise ConfigError(f"{path}, line {number}: no picture and caption in {line[:80]!r}")
+        yield name, caption.strip()
+
+
+def _splits(root: Path) -> dict[str, str]:
+    """The split of each picture file, from the published lists; empty if there are none."""
+    splits = {}
+    for split, name in LISTS.items():
+        path = _find(root, f"Flickr_8k.{name}.txt")
+        if path is not None:
+            splits.update(dict.fromkeys(path.read_text(encoding="utf-8").split(), split))
+    return splits

@@ -1,0 +1,171 @@
+"""Image-text pairs: the data set that training reads, its batches, and the registry of sources."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from twotower.config import ConfigError, DataConfig
+from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.table import SCHEMA, Pair, PairTable
+from twotower.registry import Registry
+
+__all__ = [
+    "DATASETS",
+    "PREPARERS",
+    "SCHEMA",
+    "Batch",
+    "Collate",
+    "ImageTextDataset",
+    "Pair",
+    "PairTable",
+    "Sample",
+    "Unreadable",
+    "load_pairs",
+    "prepare_pairs",
+]
+
+
+class Unreadable(NamedTuple):
+    """A picture that could not be decoded: its file and the reason in a few words."""
+
+    path: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """One training example: a uint8 picture (3, H, W), a caption, and the row of the image.
+
+    `unreadable` lists the pictures that were passed over on the way to this one.
+    """
+
+    image: Tensor
+    caption: str
+    image_id: int
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+class Batch(NamedTuple):
+    """What a step takes: uint8 pictures (B, 3, H, W), token ids (B, L), rows of the images (B,).
+
+    `unreadable` lists the pictures that were passed over; it travels in the batch because a
+    loader's worker process has no other way to tell.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    image_ids: Tensor
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+class ImageTextDataset(Dataset[Sample]):
+    """The pairs of a table with pictures transformed; one item an image.
+
+    Each epoch an image brings one of its captions, drawn by seed, epoch and row: so two captions of
+    an image never meet in a batch as false negatives, and the draw does not depend on ranks or
+    workers. An unreadable picture is replaced by the next readable one and told in
+    `Sample.unreadable`, so that no batch shrinks.
+    """
+
+    def __init__(
+        self, pairs: PairTable, transform: Callable[[Image], Tensor], *, seed: int = 0
+    ) -> None:
+        self.pairs = pairs
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose captions are drawn; call it before the loader starts workers."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> Sample:
+        """The image of a row, or the next readable one.
+
+        Raises:
+            ConfigError: no picture can be read.
+        """
+        passed_over: list[Unreadable] = []
+        for step in range(len(self)):
+            candidate = (row + step) % len(self)
+            path = self.pairs.path(candidate)
+            try:
+                image = self._augmented(decode_image(path), candidate)
+            except UnreadableImage as error:
+                passed_over.append(Unreadable(str(path), str(error)))
+                continue
+            return Sample(image, self.draw_caption(candidate), candidate, tuple(passed_over))
+        file, reason = passed_over[0]
+        raise ConfigError(
+            f"{self.pairs.name}: no picture can be read, for example {file}: {reason}"
+        )
+
+    def _augmented(self, image: Image, row: int) -> Tensor:
+        """The transform with random numbers of its own, drawn by seed, epoch and row.
+
+        So a picture looks the same whichever worker or rank loads it, and in a resumed run.
+        """
+        with torch.random.fork_rng(devices=[]):
+            seed = random.Random(f"image/{self.seed}/{self.epoch}/{row}").getrandbits(63)
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image)
+
+    def draw_caption(self, row: int) -> str:
+        """The caption of a row in this epoch; an image without captions has the empty one."""
+        captions = self.pairs.captions(row)
+        if len(captions) < 2:
+            return captions[0] if captions else ""
+        return captions[random.Random(f"{self.seed}/{self.epoch}/{row}").randrange(len(captions))]
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Turns samples into a `Batch`; a class so that worker processes can be sent it."""
+
+    tokenizer: Callable[[Sequence[str]], Tensor]
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        images, captions, image_ids, unreadable = zip(*samples, strict=True)
+        return Batch(
+            torch.stack(images),
+            self.tokenizer(captions),
+            torch.tensor(image_ids),
+            tuple(dict.fromkeys(chain.from_iterable(unreadable))),
+        )
+
+
+DATASETS: Registry[PairTable] = Registry("data")
+
+PREPARERS: Registry[None] = Registry("prepare")
+"""Functions `(config) -> None` of the sources that have something to lay out."""
+
+
+def load_pairs(config: DataConfig) -> PairTable:
+    """The images and captions of a data section.
+
+    Raises:
+        ConfigError: the source is missing, malformed or empty.
+    """
+    return DATASETS.build(config)
+
+
+def prepare_pairs(config: DataConfig) -> PairTable:
+    """Lay out a source, if it is one that can be laid out, and load it.
+
+    Raises:
+        ConfigError: it cannot be laid out, or as `load_pairs`.
+    """
+    if config.registered_name in PREPARERS:
+        PREPARERS.build(config)
+    return load_pairs(config)
