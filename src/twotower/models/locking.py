@@ -1,0 +1,105 @@
+"""Which parameters are trained, and which modules run as in evaluation meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from twotower.config import BatchNorm, ConfigError
+
+log = logging.getLogger(__name__)
+
+ALL = -1  # every stage is trained
+
+
+def lock_all_but(stages: Sequence[Sequence[nn.Parameter]], unlocked: int, key: str) -> None:
+    """Train the last `unlocked` of a trunk's stages and lock the rest; -1 trains all.
+
+    Raises:
+        ConfigError: there are fewer stages; `key` names the setting.
+    """
+    if unlocked == ALL:
+        return
+    if unlocked > len(stages):
+        raise ConfigError(
+            f"{key} is {unlocked}, but this encoder has {len(stages)} stages; -1 trains all"
+        )
+    for stage in stages[: len(stages) - unlocked]:
+        for parameter in stage:
+            parameter.requires_grad_(False)
+
+
+def _evaluate(module: nn.Module, _: Any) -> None:
+    module.training = False
+
+
+def keep_in_evaluation(module: nn.Module) -> None:
+    """Let a module and what it holds run as in evaluation for good, whatever `train()` says."""
+    for part in module.modules():
+        part.training = False
+        part.register_forward_pre_hook(_evaluate)
+
+
+def keep_locked_parts_in_evaluation(trunk: nn.Module) -> None:
+    """Let the locked parts of a trunk run as in evaluation: batch norm and dropout."""
+    for part in trunk.children():
+        parameters = list(part.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            keep_in_evaluation(part)
+        else:
+            keep_locked_parts_in_evaluation(part)
+
+
+def trainable_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The batch norms that are trained, as (parent, attribute); locked towers have none."""
+    found: list[tuple[nn.Module, str]] = []
+    for name, child in model.named_children():
+        if isinstance(child, _BatchNorm):
+            if any(parameter.requires_grad for parameter in child.parameters()):
+                found.append((model, name))
+        else:
+            found += trainable_batch_norms(child)
+    return found
+
+
+def apply_batch_norm_policy(model: nn.Module, policy: BatchNorm, world_size: int) -> None:
+    """Make the batch norms of trainable towers follow `policy`; call it on the final device.
+
+    frozen: they normalise by their running statistics, which stay as they are (their weights are
+    still trained). sync: each step's statistics are those of the batch over all ranks. local: of
+    each rank's own part.
+
+    Raises:
+        ConfigError: sync over several ranks on CPUs, which torch does not offer.
+    """
+    norms = trainable_batch_norms(model)
+    if not norms:
+        return
+    if policy is BatchNorm.frozen:
+        for parent, name in norms:
+            keep_in_evaluation(getattr(parent, name))
+    elif world_size > 1 and policy is BatchNorm.local:
+        log.warning(
+            "model.batch_norm=local: each of %d ranks normalises by its own part of the batch",
+            world_size,
+        )
+    elif world_size > 1:
+        _synchronise(norms)
+
+
+def _synchronise(norms: Sequence[tuple[nn.Module, str]]) -> None:
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    for parent, name in norms:
+        norm = getattr(parent, name)
+        if next(norm.parameters()).device == torch.device("cpu"):
+            raise ConfigError(
+                "model.batch_norm=sync needs GPUs when there are several processes; "
+                "use model.batch_norm=frozen or local"
+            )
+        setattr(parent, name, convert_sync_batchnorm(norm))  # type: ignore[no-untyped-call]
