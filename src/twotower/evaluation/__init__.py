@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: retrieval in both directions, with intervals."""

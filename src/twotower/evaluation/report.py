@@ -1,0 +1,118 @@
+"""`twotower evaluate`: a checkpoint measured on a split, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from twotower.checkpoint.native import read_header
+from twotower.config import Config
+from twotower.console import output
+from twotower.data.pairs import load_pairs
+from twotower.distributed import is_main_process, launch, resolve_device
+from twotower.evaluation.retrieval import PictureInputs, RetrievalReport, measure_retrieval
+from twotower.metrics import KS
+from twotower.models.dual_encoder import ModelBundle
+from twotower.models.saved import load_bundle
+from twotower.runs import checkpoint_path
+
+log = logging.getLogger(__name__)
+
+
+def with_interval(report: RetrievalReport, name: str) -> str:
+    """`62.9 [60.1, 65.8]`: a metric with its 95 % interval."""
+    value = f"{report.metrics[name]:.1f}"
+    if name not in report.intervals:
+        return value
+    low, high = report.intervals[name]
+    return f"{value} [{low:.1f}, {high:.1f}]"
+
+
+def report_table(report: RetrievalReport, title: str) -> Table:
+    """Both directions, a row each."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", *(f"R@{k} %" for k in KS), "median rank"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for direction in ("text_to_image", "image_to_text"):
+        recalls = [with_interval(report, f"{direction}_R@{k}") for k in KS]
+        rank = f"{report.metrics[f'{direction}_median_rank']:g}"
+        table.add_row(direction.replace("_to_", " -> "), *recalls, rank)
+    return table
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path) -> tuple[RetrievalReport, dict[str, Any]]:
+    """Measure a checkpoint on this rank's part of the split, and gather; every rank calls it.
+
+    Returns:
+        The report, and what it is about: variant, parameters, seconds of training, data, split.
+
+    Raises:
+        ConfigError: the checkpoint or the split is missing.
+    """
+    device = resolve_device(config.distributed)
+    bundle = load_bundle(checkpoint)
+    pairs = load_pairs(config.data).split(config.evaluate.split).with_captions()
+    pairs = pairs.head(config.evaluate.max_images)
+    report = measure_retrieval(
+        bundle.model.to(device),
+        pairs,
+        PictureInputs(pairs, bundle.eval_transform),
+        bundle.tokenizer,
+        config.evaluate,
+        device,
+        bootstrap=config.evaluate.bootstrap,
+    )
+    about = describe(bundle, checkpoint, config, float(read_header(checkpoint).get("seconds", 0.0)))
+    return report, about
+
+
+def describe(
+    bundle: ModelBundle, checkpoint: Path, config: Config, train_seconds: float
+) -> dict[str, Any]:
+    """What a report is about: variant, parameters, seconds of training, data, split."""
+    return {
+        "checkpoint": str(checkpoint),
+        "variant": bundle.config.registered_name,
+        "parameters": sum(p.numel() for p in bundle.model.parameters()),
+        "train_seconds": train_seconds,
+        "data": config.data.registered_name,
+        "split": config.evaluate.split or "all",
+    }
+
+
+def report_path(logs: Path, config: Config) -> Path:
+    """Where the report of a run goes: `<logs>/evaluate/<data>-<split>.json`."""
+    first = f"-{config.evaluate.max_images}" if config.evaluate.max_images else ""
+    split = config.evaluate.split or "all"
+    return logs / "evaluate" / f"{config.data.registered_name}-{split}{first}.json"
+
+
+def write_report(path: Path, report: RetrievalReport, **about: Any) -> None:
+    """Write a report and what it is about as JSON, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({**about, **report.to_json()}, indent=2) + "\n")
+    partial.replace(path)
+
+
+def evaluate(config: Config) -> None:
+    """Measure, print a table, write `logs/<run>/evaluate/<data>-<split>.json`.
+
+    Raises:
+        ConfigError: as `evaluate_checkpoint`.
+    """
+    checkpoint = checkpoint_path(config)
+    report, about = launch(evaluate_checkpoint, config.distributed, config, checkpoint)
+    if not is_main_process():
+        return
+    run = checkpoint.parent.name if config.checkpoint else config.run.name
+    path = report_path(Path(config.run.logs_dir) / run, config)
+    write_report(path, report, **about)
+    what = f"{checkpoint} on {about['data']}/{about['split']}: {report.images} images, "
+    note = f"{report.captions} captions; brackets: 95 % bootstrap intervals over images"
+    output.print(report_table(report, what + note))
+    log.info("written to %s", path)

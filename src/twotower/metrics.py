@@ -1,0 +1,140 @@
+"""Retrieval metrics: pure functions of features, with several captions to one image.
+
+Definitions (CLIP-style, as Radford et al. 2021 and Karpathy and Fei-Fei 2015 report them):
+
+* text -> image: each caption is a query among all images; a hit if its image is in the top k.
+* image -> text: each image that has captions is a query among all captions; a hit if *any* of its
+  captions is in the top k. This is not the recall of information retrieval (positives found /
+  positives).
+* R@k is the share of queries with a hit, in percent; the median rank counts from 1; the mean
+  recall is the mean of R@1, R@5 and R@10 in both directions.
+* Equal scores rank by ascending position, so that a collapsed model (all scores equal) scores
+  chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KS = (1, 5, 10)
+
+
+def _ranks(scores: Tensor, best: Tensor, column: Tensor) -> Tensor:
+    """Ranks from 1 of the entry (best score, column) of each row of `scores` (b, n)."""
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    ahead = scores > best[:, None]
+    ahead |= (scores == best[:, None]) & (columns < column[:, None])
+    return ahead.sum(1) + 1
+
+
+def text_to_image_ranks(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, block: int = 1024
+) -> Tensor:
+    """The rank of each caption's image among all images: (C,) int64, from 1.
+
+    Args:
+        image_features: (N, D) of unit norm.
+        text_features: (C, D) of unit norm.
+        image_of_text: (C,) rows of the captions' images.
+        block: captions whose scores are held at a time.
+    """
+    ranks = []
+    for start in range(0, len(text_features), block):
+        rows = image_of_text[start : start + block]
+        scores = text_features[start : start + block] @ image_features.T  # (block, N)
+        ranks.append(_ranks(scores, scores.gather(1, rows[:, None])[:, 0], rows))
+    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64)
+
+
+def image_to_text_ranks(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, block: int = 1024
+) -> Tensor:
+    """The rank of each image's best caption among all: (N,) int64, from 1; 0 without captions.
+
+    Arguments as in `text_to_image_ranks`.
+    """
+    ranks = []
+    columns = torch.arange(len(text_features), device=text_features.device)
+    for start in range(0, len(image_features), block):
+        features = image_features[start : start + block]
+        scores = features @ text_features.T  # (block, C)
+        rows = torch.arange(start, start + len(features), device=features.device)
+        own = image_of_text[None, :] == rows[:, None]
+        best = (
+            scores.masked_fill(~own, -torch.inf).amax(1) if len(columns) else torch.zeros(len(rows))
+        )
+        first = torch.where(own & (scores == best[:, None]), columns, len(columns))
+        found = _ranks(scores, best, first.amin(1) if len(columns) else rows)
+        ranks.append(torch.where(own.any(1), found, 0))
+    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64)
+
+
+def recall_at_k(ranks: Tensor, k: int) -> float:
+    """The share of queries whose rank is at most k, in percent; queries of rank 0 do not count."""
+    asked = ranks[ranks > 0]
+    return 100.0 * float((asked <= k).double().mean()) if len(asked) else float("nan")
+
+
+def median_rank(ranks: Tensor) -> float:
+    """The median rank, from 1; the mean of the two middle ones when the count is even."""
+    asked = ranks[ranks > 0]
+    return float(np.median(asked.numpy())) if len(asked) else float("nan")
+
+
+def retrieval_metrics(
+    to_image: Tensor, to_text: Tensor, ks: Sequence[int] = KS
+) -> dict[str, float]:
+    """All metrics by name from the ranks of both directions; recalls in percent."""
+    metrics = {}
+    for name, ranks in (("text_to_image", to_image), ("image_to_text", to_text)):
+        for k in ks:
+            metrics[f"{name}_R@{k}"] = recall_at_k(ranks, k)
+        metrics[f"{name}_median_rank"] = median_rank(ranks)
+    recalls = [value for key, value in metrics.items() if "_R@" in key]
+    metrics["mean_recall"] = sum(recalls) / len(recalls)
+    return metrics
+
+
+def bootstrap_intervals(
+    to_image: Tensor,
+    to_text: Tensor,
+    image_of_text: Tensor,
+    resamples: int,
+    seed: int = 0,
+    ks: Sequence[int] = KS,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of the recalls, resampling *images* with all their captions.
+
+    Captions of one image are not independent, so resampling captions would give intervals too
+    narrow (cluster bootstrap; Efron and Tibshirani 1993, chapter 8).
+
+    Returns:
+        (low, high) in percent for each `..._R@k` and for `mean_recall`.
+    """
+    count = len(to_text)
+    if not resamples or not count:
+        return {}
+    rng = np.random.default_rng(seed)
+    # times[b, i]: how often image i is drawn in resample b
+    times = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    owner = image_of_text.numpy()
+    groups = {
+        "text_to_image": (to_image.numpy(), owner),
+        "image_to_text": (to_text.numpy(), np.arange(count)),
+    }
+    curves: dict[str, np.ndarray] = {}
+    for name, (ranks, image) in groups.items():
+        asked = np.bincount(image, weights=ranks > 0, minlength=count)
+        for k in ks:
+            hits = np.bincount(image, weights=(ranks > 0) & (ranks <= k), minlength=count)
+            with np.errstate(invalid="ignore"):
+                curves[f"{name}_R@{k}"] = 100.0 * (times @ hits) / (times @ asked)
+    curves["mean_recall"] = np.mean(list(curves.values()), axis=0)
+    return {
+        name: (float(np.nanpercentile(values, 2.5)), float(np.nanpercentile(values, 97.5)))
+        for name, values in curves.items()
+    }

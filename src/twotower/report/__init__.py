@@ -1,0 +1,1 @@
+"""Which variant wins: the measurements of all runs side by side."""

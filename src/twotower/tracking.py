@@ -1,0 +1,71 @@
+"""Where numbers go: TensorBoard events and `metrics.jsonl`, from the first rank only."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+def _step(line: str) -> float:
+    """The step of a record; infinite for a line that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class MetricWriter:
+    """Writes scalars of a run to `folder`; on other ranks than the first it writes nothing.
+
+    A line of `metrics.jsonl` is one call of `write`: {"step": 1, "time": 1.7e9, name: value};
+    times are seconds since the epoch. Steps that are written again (a run trained anew) replace
+    what was there.
+    """
+
+    def __init__(self, folder: Path, done: int = 0, main: bool = True) -> None:
+        self._tensorboard: Any = None
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        purge = done + 1 if done else None
+        self._tensorboard = SummaryWriter(str(folder), purge_step=purge)
+        path = folder / "metrics.jsonl"
+        kept = [] if not path.is_file() else path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in kept if _step(line) <= done]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values by name (`train/loss`, `val/text_to_image_R@10`) at a step."""
+        if self._tensorboard is None:
+            return
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._lines.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,174 @@
+"""Features of locked towers: computed once, on all ranks together, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from twotower.config import ConfigError, TrainConfig
+from twotower.console import progress
+from twotower.data.pairs import ImageTextDataset, PairTable, Sample
+from twotower.distributed import (
+    all_gather_objects,
+    broadcast_object,
+    is_main_process,
+    rank,
+    shard_range,
+    world_size,
+)
+from twotower.evaluation.retrieval import PictureInputs, autocast
+from twotower.models.dual_encoder import ModelBundle
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 64
+
+
+class CachedImages(ImageTextDataset):
+    """The same pairs, with the locked trunk's features (F,) in place of the pictures."""
+
+    def __init__(self, pairs: PairTable, features: Tensor, *, seed: int) -> None:
+        super().__init__(pairs, _no_transform, seed=seed)
+        self.features = features
+
+    def __getitem__(self, row: int) -> Sample:
+        return Sample(self.features[row], self.draw_caption(row), row)
+
+
+def _no_transform(image: object) -> Tensor:
+    raise AssertionError("cached pictures are not decoded")
+
+
+@dataclass(frozen=True)
+class CachedCaptions:
+    """Looks captions up among the locked trunk's features: texts -> (N, F)."""
+
+    features: Tensor
+    row_of: dict[str, int]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self.features[torch.tensor([self.row_of[text] for text in texts])]
+
+
+def fingerprint(*parts: object) -> str:
+    """The first 16 hex digits of SHA-256 over texts, tensors and modules' weights."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, Tensor):
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _file_state(path: Path) -> tuple[str, int, int]:
+    try:
+        state = os.stat(path)
+    except OSError:
+        return (str(path), -1, -1)
+    return (str(path), state.st_size, state.st_mtime_ns)
+
+
+def _kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in `path`, or what `compute` gives on all ranks, which the first writes there."""
+    if broadcast_object(path.is_file()):
+        if is_main_process():
+            log.info("reusing the locked tower's features in %s", path)
+        return load_file(str(path))
+    tensors = compute()
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, str(partial))
+        os.replace(partial, path)
+    return tensors
+
+
+def _gathered(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part for of_rank in all_gather_objects(parts) for part in of_rank])
+
+
+@torch.no_grad()
+def image_features(
+    bundle: ModelBundle, pairs: PairTable, config: TrainConfig, device: torch.device, folder: Path
+) -> tuple[PairTable, Tensor]:
+    """The readable images of `pairs`, and the locked image trunk's features of them (N, F).
+
+    Raises:
+        ConfigError: no picture can be read.
+    """
+    trunk = bundle.model.image_tower.get_submodule("trunk").to(device).eval()
+    files = [_file_state(pairs.path(row)) for row in range(len(pairs))]
+    key = fingerprint("images", trunk, bundle.eval_transform, config.precision, files)
+
+    def compute() -> dict[str, Tensor]:
+        rows = shard_range(len(pairs), rank(), world_size())
+        pictures: Dataset[Tensor | None] = PictureInputs(pairs, bundle.eval_transform)
+        loader = DataLoader(
+            Subset(pictures, rows),
+            batch_size=BATCH_ROWS,
+            num_workers=config.num_workers,
+            collate_fn=list,
+        )
+        features: list[Tensor] = []
+        readable: list[Tensor] = []
+        with progress("image features", len(rows), "images", is_main_process()) as bar:
+            for items in loader:
+                readable.append(torch.tensor([item is not None for item in items]))
+                images = [item for item in items if item is not None]
+                if images:
+                    with autocast(device, config.precision):
+                        encoded = trunk(torch.stack(images).to(device, non_blocking=True))
+                    features.append(encoded.float().cpu())
+                bar.advance(len(items))
+        if not any(all_gather_objects(bool(features))):
+            raise ConfigError(f"{pairs.name}: no picture can be read, for example {pairs.path(0)}")
+        return {"features": _gathered(features), "readable": _gathered(readable)}
+
+    kept = _kept(folder / f"images-{key}.safetensors", compute)
+    unreadable = int((~kept["readable"]).sum())
+    if unreadable and is_main_process():
+        log.warning("%d images of %s cannot be read and are left out", unreadable, pairs.name)
+    return pairs.take(kept["readable"].nonzero()[:, 0].numpy()), kept["features"]
+
+
+@torch.no_grad()
+def caption_features(
+    bundle: ModelBundle,
+    captions: Sequence[str],
+    config: TrainConfig,
+    device: torch.device,
+    folder: Path,
+) -> CachedCaptions:
+    """The locked text trunk's features of the captions, each different one once."""
+    trunk = bundle.model.text_tower.get_submodule("trunk").to(device).eval()
+    unique = list(dict.fromkeys(captions))
+    key = fingerprint("captions", trunk, config.precision, bundle.assets, unique)
+
+    def compute() -> dict[str, Tensor]:
+        rows = shard_range(len(unique), rank(), world_size())
+        features = []
+        with progress("caption features", len(rows), "captions", is_main_process()) as bar:
+            for start in range(rows.start, rows.stop, BATCH_ROWS):
+                texts = unique[start : min(start + BATCH_ROWS, rows.stop)]
+                with autocast(device, config.precision):
+                    encoded = trunk(bundle.tokenizer(texts).to(device))
+                features.append(encoded.float().cpu())
+                bar.advance(len(texts))
+        return {"features": _gathered(features)}
+
+    kept = _kept(folder / f"captions-{key}.safetensors", compute)
+    return CachedCaptions(kept["features"], {text: row for row, text in enumerate(unique)})

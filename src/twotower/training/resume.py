@@ -1,0 +1,110 @@
+"""Exact resume: everything that decides the next step, kept in the same file as the weights."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from twotower.distributed import all_gather_objects, rank, world_size
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        validated: the step of the newest validation, -1 before the first.
+        best: the best validation mean recall so far, in percent.
+        seconds: time spent, over all attempts.
+    """
+
+    step: int = 0
+    validated: int = -1
+    best: float = -1.0
+    seconds: float = 0.0
+
+
+def collect(
+    progress: Progress, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint must hold besides the weights: tensors, and JSON; every rank calls it.
+
+    Tensors are the optimiser's moments and each rank's random state.
+    """
+    tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    for number, of_rank in enumerate(all_gather_objects(states)):
+        for device, state in zip(("cpu", "cuda"), of_rank, strict=False):
+            tensors[f"rng.{number}.{device}"] = state
+    return tensors, {**asdict(progress), "scaler": scaler.state_dict(), "ranks": world_size()}
+
+
+def restore(
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put back what `collect` gave. With another number of ranks, random states start anew."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            index, key = name.removeprefix("optimizer.").split(".", 1)
+            moments.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    if about["scaler"]:
+        scaler.load_state_dict(about["scaler"])
+    if about["ranks"] == world_size():
+        torch.set_rng_state(tensors[f"rng.{rank()}.cpu"])
+        if torch.cuda.is_available() and f"rng.{rank()}.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.{rank()}.cuda"])
+    return Progress(**{name: about[name] for name in asdict(Progress())})
+
+
+class StopRequest:
+    """Remembers Ctrl-C or SIGTERM until the step is done, and asks the other ranks."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.signal = number
+
+    def agreed(self, also: bool) -> tuple[int, bool]:
+        """The signal that any rank got (0 is none), and whether any rank asks `also`."""
+        if world_size() == 1:
+            return self.signal, also
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        asked = torch.tensor([self.signal, int(also)], device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return int(asked[0]), bool(asked[1])
+
+
+@contextmanager
+def stop_after_step() -> Iterator[StopRequest]:
+    """Within it, SIGINT and SIGTERM wait for `StopRequest.agreed` instead of killing the step."""
+    request = StopRequest()
+    before = {
+        number: signal.signal(number, request.remember)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,172 @@
+"""A run as asked for: reuse what is finished, refuse what is another's, go on or begin."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from twotower.checkpoint.native import read_header
+from twotower.config import Config, ConfigError, to_plain
+from twotower.data.pairs import load_pairs
+from twotower.distributed import (
+    broadcast_object,
+    is_main_process,
+    launch,
+    rank,
+    resolve_device,
+    world_size,
+)
+from twotower.evaluation.report import describe, report_path, write_report
+from twotower.models.dual_encoder import MODELS
+from twotower.models.saved import load_weights
+from twotower.runs import RunPaths
+from twotower.training.inputs import prepare_inputs
+from twotower.training.trainer import Trainer, recalls
+
+log = logging.getLogger(__name__)
+
+
+def asked_for(config: Config) -> dict[str, dict[str, object]]:
+    """What decides a run's result, as JSON: the sections that the default name hashes."""
+    train = to_plain(config.train)
+    for key in config.train.not_in_run_name:
+        train.pop(key)
+    return {
+        "": {"seed": config.seed},
+        "model.": {"variant": config.model.registered_name, **to_plain(config.model)},
+        "data.": {"source": config.data.registered_name, **to_plain(config.data)},
+        "train.": train,
+    }
+
+
+def check_same_run(config: Config) -> None:
+    """Refuse a run folder that holds a run with another config.
+
+    Raises:
+        ConfigError: it names the keys that differ.
+    """
+    paths = RunPaths.of(config)
+    note = paths.models / "run.json"
+    if not note.is_file():
+        return
+    theirs, ours = json.loads(note.read_text()), json.loads(json.dumps(asked_for(config)))
+    changed = [
+        f"{section}{key}"
+        for section, values in ours.items()
+        for key in values
+        if theirs.get(section, {}).get(key) != values[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{paths.models} holds a run with another config ({', '.join(changed)}); "
+            "choose another run.name, or train.overwrite=true replaces it"
+        )
+
+
+def begin(config: Config) -> str:
+    """What is to be done: `reuse` a finished run, `resume` one that was stopped, or `start`.
+
+    Raises:
+        ConfigError: the folder holds another run, or cannot be written.
+    """
+    paths = RunPaths.of(config)
+    if not config.train.overwrite:
+        check_same_run(config)
+        if paths.last.is_file():
+            if read_header(paths.last)["finished"]:
+                return "reuse"
+            if config.train.resume:
+                return "resume"
+            raise ConfigError(
+                f"{paths.models} holds an unfinished run; train.resume=true goes on with it, "
+                "train.overwrite=true begins anew"
+            )
+    try:
+        paths.models.mkdir(parents=True, exist_ok=True)
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        curves = [*paths.logs.glob("events.out.tfevents.*"), paths.logs / "metrics.jsonl"]
+        for old in (*curves, paths.last, paths.best):
+            old.unlink(missing_ok=True)
+        (paths.models / "run.json").write_text(json.dumps(asked_for(config), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
+    return "start"
+
+
+def build_trainer(config: Config) -> Trainer:
+    """Everything of a run, built the same way on every rank.
+
+    Raises:
+        ConfigError: the data or the model is not as asked for.
+    """
+    device = resolve_device(config.distributed)
+    pairs = load_pairs(config.data).with_captions()
+    torch.manual_seed(config.seed)
+    bundle = MODELS.build(config.model)
+    # From here on each rank draws its own dropout; the data's order is drawn by seed and epoch.
+    torch.manual_seed(config.seed * 1009 + rank())
+    cache = Path(config.run.models_dir) / "features"
+    val_pairs = pairs.split(config.evaluate.split).head(config.evaluate.max_images)
+    inputs = prepare_inputs(
+        bundle, pairs.split("train"), val_pairs, config.train, config.seed, device, cache
+    )
+    trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
+    log.info(
+        "%s: %d training and %d validation images, %s trainable parameters, on %d x %s",
+        pairs.name,
+        len(inputs.train),
+        len(inputs.val_pairs),
+        f"{trainable:,}",
+        world_size(),
+        device.type,
+    )
+    paths = RunPaths.of(config)
+    return Trainer(bundle, inputs, config.train, config.evaluate, config.seed, paths, device)
+
+
+def train_on_rank(config: Config) -> str:
+    """A whole run on this rank; every rank calls it. Returns what `begin` decided."""
+    decision = broadcast_object(begin(config) if is_main_process() else "")
+    if decision == "reuse":
+        return decision
+    trainer = build_trainer(config)
+    if decision == "resume":
+        trainer.resume()
+    state = trainer.run()
+    # The report is of the best weights, which need not be the last.
+    paths = RunPaths.of(config)
+    load_weights(paths.best, trainer.bundle)
+    report = trainer.measure(config.evaluate.bootstrap)
+    if is_main_process():
+        about = describe(trainer.bundle, paths.best, config, state.seconds)
+        write_report(report_path(paths.logs, config), report, **about)
+    return decision
+
+
+def train(config: Config) -> None:
+    """Train the run of a config, or say that it is finished.
+
+    Raises:
+        ConfigError: the data, the model or the run's folder is not as asked for.
+    """
+    paths = RunPaths.of(config)
+    decision = launch(train_on_rank, config.distributed, config)
+    if not is_main_process():
+        return
+    best, last = read_header(paths.best), read_header(paths.last)
+    log.info(
+        "%s %s: %d steps in %.0f s; best at step %d: text->image R@1/5/10 %s, image->text %s\n"
+        "checkpoint %s; curves: tensorboard --logdir %s",
+        "reusing the finished run" if decision == "reuse" else "finished",
+        paths.models.name,
+        last["step"],
+        last["seconds"],
+        best["step"],
+        recalls(best["metrics"], "text_to_image"),
+        recalls(best["metrics"], "image_to_text"),
+        paths.best,
+        config.run.logs_dir,
+    )
