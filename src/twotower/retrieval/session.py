@@ -1,0 +1,169 @@
+"""What `twotower search` does: one query, or a prompt that stays open."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import logging
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from twotower.config import Config, ConfigError, FreeText
+from twotower.console import say
+from twotower.distributed import resolve_device
+from twotower.embedding.encoder import Encoder
+from twotower.embedding.store import EmbeddingStore
+from twotower.retrieval.build import build_index
+from twotower.retrieval.grid import picture_name, write_grid
+from twotower.retrieval.searcher import Hit, Searcher, check_text
+from twotower.retrieval.tables import print_table
+from twotower.runs import RunPaths, store_path
+
+log = logging.getLogger(__name__)
+
+PROMPT = "search for: "
+CUT = 300  # characters of a path or caption in the table
+
+
+def search_store(config: Config, free: FreeText) -> None:
+    """Answer the query that was given, or ask for queries until the input ends.
+
+    Raises:
+        ConfigError: the query, the store, its checkpoint or k is not fit for a search.
+    """
+    _check_words(free)
+    searcher = open_searcher(config)
+    if free.query is not None:
+        answer_text(searcher, config, free.query)
+    elif free.query_image is not None:
+        hits = searcher.search_images([free.query_image], config.search.k)[0]
+        show(hits, free.query_image, config)
+    else:
+        searcher.check_k(config.search.k)
+        prompt(lambda text: answer_text(searcher, config, text))
+
+
+def _check_words(free: FreeText) -> None:
+    if free.verb is not None:
+        raise ConfigError(f"search takes words as query=..., for example query={free.verb!r}")
+    for name in ("filter", "path"):
+        if getattr(free, name) is not None:
+            raise ConfigError(f"search does not take {name}=; it takes query= or query_image=")
+    if free.query is not None and free.query_image is not None:
+        raise ConfigError("give query= or query_image=, not both")
+    if free.query is not None:
+        check_text(free.query)
+    if free.query_image is not None and not os.path.isfile(free.query_image):
+        raise ConfigError(f"query_image={free.query_image}: there is no such picture")
+
+
+def open_searcher(config: Config) -> Searcher:
+    """The store of a config, an index of its pictures, and the encoder that made it.
+
+    Raises:
+        ConfigError: one of them is missing, or the checkpoint is not the one that made the store.
+    """
+    if config.distributed.num_threads:
+        torch.set_num_threads(config.distributed.num_threads)
+    store = EmbeddingStore.open(store_path(config))
+    checkpoint = checkpoint_of(store, config.checkpoint)
+    # One query at a time, so no batch to pad.
+    encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=1)
+    log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
+    return Searcher(encoder, store, build_index(config.index, store, seed=config.seed))
+
+
+def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:
+    """The checkpoint that made a store: the one asked for, the one it names, or one beside it.
+
+    Raises:
+        ConfigError: it is not there, or another one made the store.
+    """
+    if not asked and not store.manifest.checkpoint:
+        raise ConfigError(
+            f"the store {store.folder} does not say which checkpoint made it; give checkpoint=..."
+        )
+    named = Path(asked or store.manifest.checkpoint)
+    places = [named] if asked else [named, store.folder.parent / named.name]
+    for place in places:
+        if place.is_file():
+            store.check_checkpoint(place)
+            return place
+    raise ConfigError(
+        f"the checkpoint {places[0]} of the store {store.folder} is not there; give checkpoint=..."
+    )
+
+
+def answer_text(searcher: Searcher, config: Config, text: str) -> None:
+    """Search for one text, and show what was found."""
+    show(searcher.search_texts([text], config.search.k)[0], text, config)
+
+
+def prompt(answer: Callable[[str], None]) -> None:
+    """Read queries line by line, as typed, until the input ends (Ctrl-D) or Ctrl-C.
+
+    A query that is refused gets its sentence, and the prompt stays open.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 get a sentence from `answer`, not a traceback from here.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    words = PROMPT if sys.stdin.isatty() else ""
+    if words and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # gives input() its history and editing
+    while True:
+        try:
+            text = input(words)
+        except (EOFError, KeyboardInterrupt):
+            if words:
+                say()
+            return
+        try:
+            answer(text)
+        except ConfigError as error:
+            log.warning("%s", error)
+
+
+def show(hits: Sequence[Hit], query: str, config: Config) -> None:
+    """Print the query as typed and the table of its hits; write their picture, say where."""
+    say(query)
+    print_hits(hits)
+    if not config.search.grid:
+        return
+    folder = Path(config.search.output or RunPaths.of(config).logs / "search")
+    path = folder / picture_name(query)
+    write_grid(hits, query, path)
+    say(str(path))
+
+
+def print_hits(hits: Sequence[Hit]) -> None:
+    """Rank, score, path and caption on stdout; as wide as it takes where no terminal limits it."""
+    table = Table("rank", "score", "path", "caption", box=None, pad_edge=False)
+    table.columns[0].justify = table.columns[1].justify = "right"
+    table.columns[2].overflow = "fold"
+    for hit in hits:
+        # Text, not str: what stands in a caption is no markup.
+        caption = Text(one_line(hit.caption))
+        table.add_row(
+            str(hit.rank), f"{hit.score:.4f}", Text(one_line(_from_here(hit.path))), caption
+        )
+    print_table(table)
+
+
+def _from_here(path: Path) -> str:
+    """A path as short as it can be said from the working directory, if it is below that."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def one_line(text: str) -> str:
+    """Text from files as a table shows it: no control characters, which steer terminals."""
+    plain = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    return plain if len(plain) <= CUT else plain[: CUT - 1] + "…"

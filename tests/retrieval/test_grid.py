@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from tests.helpers import write_pictures
+from twotower.config import ConfigError
+from twotower.retrieval import grid
+from twotower.retrieval.grid import CELL, GAP, picture_name, wrap, write_grid
+from twotower.retrieval.searcher import Hit
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("Hello World", "Hello World.png"),
+        ("a dog, running", "a dog, running.png"),
+        ("what's this (black)?", "what's this (black)?.png"),
+        ("浜辺を走る犬", "浜辺を走る犬.png"),
+        ("a=b", "a=b.png"),
+        ("null", "null.png"),
+        ("5", "5.png"),
+        ("{x}", "{x}.png"),
+        ("[red]:dog:", "[red]:dog:.png"),
+        ("a/b/../c", "a_b_.._c.png"),
+        ("/etc/passwd", "_etc_passwd.png"),
+        (".hidden", "_hidden.png"),
+        ("..", "_..png"),
+        (".", "_.png"),
+        ("a\tb\nc\x00d\x7fe\x85f", "a_b_c_d_e_f.png"),
+        ("end.", "end..png"),
+        (r"back\slash", r"back\slash.png"),
+        (" spaces ", " spaces .png"),
+        ("x" * 120, "x" * 120 + ".png"),
+        ("x" * 121, "x" * 120 + ".png"),
+        ("é" * 60 + "x", "é" * 60 + ".png"),
+        ("x" + "é" * 60, "x" + "é" * 59 + ".png"),
+        ("犬" * 41, "犬" * 40 + ".png"),
+        ("x" * 119 + "🐶", "x" * 119 + ".png"),
+    ],
+)
+def test_pictures_are_named_after_the_query(query: str, name: str, tmp_path: Path) -> None:
+    assert picture_name(query) == name
+    write_grid([], query, tmp_path / picture_name(query))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def hits_of(paths: list[Path], caption: str = "a caption") -> list[Hit]:
+    return [Hit(rank, 0.5, rank, path, caption) for rank, path in enumerate(paths, start=1)]
+
+
+def test_each_hit_has_its_place(tmp_path: Path) -> None:
+    paths = []
+    for number in range(7):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (40, 40), (number * 30, 200, 255 - number * 30)).save(path)
+        paths.append(path)
+    write_grid(hits_of(paths), "seven", tmp_path / "grid.png")
+    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape[1] == GAP + 5 * (CELL + GAP)
+    row_height = CELL + 3 * grid.LINE + GAP
+    for number in range(7):
+        left = GAP + number % 5 * (CELL + GAP) + CELL // 2
+        top = grid.TITLE + number // 5 * row_height + CELL // 2
+        assert pixels[top, left].tolist() == [number * 30, 200, 255 - number * 30]
+    assert (pixels[grid.TITLE + row_height + CELL // 2, -CELL:] == 255).all()  # no eighth
+
+
+def test_an_unreadable_picture_leaves_a_grey_place(tmp_path: Path) -> None:
+    paths = [path for path, _ in write_pictures(tmp_path / "pictures", 6)]
+    paths[1].write_bytes(paths[1].read_bytes()[:200])
+    paths[2].write_text("not a picture")
+    paths[3].unlink()
+    paths[4] = tmp_path  # a folder
+    write_grid(hits_of(paths), "some are broken", tmp_path / "grid.png")
+    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    middle = grid.TITLE + 10
+    grey = [
+        pixels[middle, GAP + number * (CELL + GAP) + 5].tolist() == [0xE8] * 3
+        for number in range(5)
+    ]
+    assert grey == [False, True, True, True, True]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write .*file/grid.png"):
+        write_grid([], "a", tmp_path / "file" / "grid.png")
+
+
+def test_text_is_wrapped_and_cut() -> None:
+    font = ImageFont.truetype(grid._default_font(), 14)
+    lines = wrap("one two three four five six seven eight nine ten " * 3, font, CELL, 2)
+    assert len(lines) == 2
+    assert lines[0].startswith("one two three")
+    assert lines[1].endswith("…")
+    for text in ("word " * 9, "x" * 200, "aa bb" + "犬" * 99):
+        for number in (1, 2, 5):
+            cut = wrap(text, font, CELL, number)
+            assert len(cut) <= number
+            assert all(font.getlength(line) <= CELL for line in cut)
+    assert "".join(wrap("x" * 50, font, CELL, 9)) == "x" * 50
+    assert wrap("short", font, CELL, 2) == ["short"]
+    assert wrap("", font, CELL, 2) == []
+
+
+def test_characters_that_no_font_has_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "_system_fonts", lambda: [])
+    assert grid._drawable("a dog 浜辺 runs", 14)[0] == "a dog runs"
+    assert grid._drawable("Ünïcödé λ Ж", 14)[0] == "Ünïcödé λ Ж"
+    assert grid._drawable("浜辺を走る犬", 14)[0] == ""
+
+
+def test_a_font_of_the_machine_is_taken_if_it_has_the_characters(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = grid._default_font()
+    other = str(Path(default).with_name("DejaVuSerif.ttf"))
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    known = grid._characters
+    monkeypatch.setattr(
+        grid,
+        "_characters",
+        lambda file: known(file) | ({ord("犬")} if file == other else frozenset()),
+    )
+    fonts = [str(tmp_path / "broken.ttf"), default, other]
+    monkeypatch.setattr(grid, "_system_fonts", lambda: fonts)
+    text, font = grid._drawable("dog 犬", 14)
+    assert (text, font.path) == ("dog 犬", other)
+    assert grid._drawable("dog", 14)[1].path == default
+
+
+def test_no_font_that_draws_boxes_for_everything_is_used() -> None:
+    assert not any("LastResort" in Path(file).name for file in grid._system_fonts())

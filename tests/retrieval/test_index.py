@@ -1,0 +1,163 @@
+"""What every index must do, whatever is inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.retrieval.reference import brute_force
+from twotower.config import ConfigError, IndexConfig, Metric
+from twotower.retrieval import INDEXES
+from twotower.retrieval.exact import ExactConfig, RowMemory
+from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.index import AnyFloatArray, unit_rows
+from twotower.retrieval.saved import load_index, save_index
+
+DIM = 12
+
+CASES: dict[str, IndexConfig] = {name: INDEXES.config_class(name)() for name in INDEXES}  # type: ignore[misc]
+CASES["exact stored"] = ExactConfig(memory=RowMemory.stored, block_rows=10)
+CASES["exact ip"] = ExactConfig(metric=Metric.ip)
+CASES["faiss ip"] = FaissConfig(metric=Metric.ip)
+for factory in ("HNSW16", "IVF4,Flat", "SQ8", "PCA8,Flat", "IDMap,Flat", "IVF4,PQ3x4,RFlat"):
+    CASES[factory] = FaissConfig(factory=factory)
+EXACT = [name for name in CASES if name.startswith("exact") or name.startswith("faiss")]
+
+
+def rows_and_queries() -> tuple[AnyFloatArray, AnyFloatArray]:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((90, DIM)).astype(np.float32)
+    return rows, rng.standard_normal((5, DIM)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_empty_index_answers_with_padding(name: str) -> None:
+    index = INDEXES.build(CASES[name], DIM)
+    assert (len(index), index.dim, index.config) == (0, DIM, CASES[name])
+    found = index.search(rows_and_queries()[1], 3)
+    assert found.ids.tolist() == [[-1] * 3] * 5
+    assert np.isneginf(found.scores).all()
+    index.add(np.empty((0, DIM), np.float32))
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adds_searches_and_keeps_ids(name: str) -> None:
+    rows, queries = rows_and_queries()
+    index = INDEXES.build(CASES[name], DIM)
+    ids = np.random.default_rng(1).permutation(1000)[:60]
+    index.add(rows[:60], ids)
+    assert set(index.search(queries, 60).ids.ravel().tolist()) <= {*ids.tolist(), -1}
+    index.add(rows[60:])  # the next ids
+    every = np.concatenate([ids, np.arange(30) + ids.max() + 1])
+    assert len(index) == 90
+    found = index.search(queries, 10)
+    assert (found.scores.dtype, found.ids.dtype) == (np.float32, np.int64)
+    assert found.scores.shape == found.ids.shape == (5, 10)
+    if name in EXACT:
+        cosine = index.config.metric is Metric.cosine
+        want = brute_force(
+            unit_rows(rows) if cosine else rows, every, queries, 10, index.config.metric
+        )
+        np.testing.assert_array_equal(found.ids, want.ids)
+        np.testing.assert_allclose(found.scores, want.scores, atol=1e-5)
+    for scores, hits in zip(*found, strict=True):
+        real = hits[hits != -1]
+        assert len(set(real.tolist())) == len(real)
+        assert (hits[len(real) :] == -1).all()
+        assert (np.diff(scores[: len(real)]) <= 0).all()
+        assert np.isneginf(scores[len(real) :]).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pads_beyond_its_rows_and_takes_no_queries(name: str) -> None:
+    rows, queries = rows_and_queries()
+    index = INDEXES.build(CASES[name], DIM)
+    index.add(rows)
+    found = index.search(queries, 100)
+    assert (found.ids[:, 90:] == -1).all()
+    assert np.isneginf(found.scores[:, 90:]).all()
+    if name in EXACT:
+        assert (np.sort(found.ids[:, :90], axis=1) == np.arange(90)).all()
+    assert index.search(queries[:0], 4).ids.shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_equal_scores_stand_in_order_of_id(name: str) -> None:
+    rows = np.tile(rows_and_queries()[0][:3], (4, 1))
+    index = INDEXES.build(CASES[name], DIM)
+    index.add(rows, np.arange(12)[::-1].copy())
+    found = index.search(rows[:3], 12)
+    for scores, ids in zip(*found, strict=True):
+        for score in np.unique(scores):
+            assert (np.diff(ids[scores == score]) > 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zero_rows_score_zero(name: str) -> None:
+    rows, queries = rows_and_queries()
+    rows[7] = 0
+    index = INDEXES.build(CASES[name], DIM)
+    index.add(rows)
+    found = index.search(queries, 90)
+    if name in EXACT:
+        assert (found.scores[found.ids == 7] == 0).all()
+    assert np.isfinite(found.scores[found.ids != -1]).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_and_loaded_it_answers_the_same(name: str, tmp_path: Path) -> None:
+    rows, queries = rows_and_queries()
+    index = INDEXES.build(CASES[name], DIM)
+    index.add(rows[:50], np.arange(50)[::-1] * 7)
+    index.add(rows[50:])
+    save_index(index, tmp_path / "index", "rows of a store")
+    loaded = load_index(tmp_path / "index", "rows of a store")
+    assert (len(loaded), loaded.dim, loaded.config) == (90, DIM, CASES[name])
+    for one, other in zip(index.search(queries, 20), loaded.search(queries, 20), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(
+        ConfigError, match="built from other rows .*'rows of a store', not 'others'"
+    ):
+        load_index(tmp_path / "index", "others")
+    # Ids are known again: the next is free, the old ones are taken.
+    with pytest.raises(ConfigError, match="row id 7 is taken"):
+        loaded.add(rows[:1], np.array([7]))
+    if "PQ" not in name:
+        loaded.add(rows[:1] * 2)
+        assert loaded.search(rows[:1], 91).ids.max() == 49 * 7 + 41
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refuses_what_it_cannot_answer(name: str) -> None:
+    rows, queries = rows_and_queries()
+    index = INDEXES.build(CASES[name], DIM)
+    index.add(rows)
+    for bad in (np.nan, np.inf, -np.inf):
+        broken = rows.copy()
+        broken[41, 3] = bad
+        with pytest.raises(ConfigError, match="row 41 holds NaN or infinity"):
+            index.add(broken)
+        with pytest.raises(ConfigError, match="query 41 holds NaN or infinity"):
+            index.search(broken, 1)
+    with pytest.raises(ConfigError, match="row 0 holds NaN or infinity"):
+        index.add(np.full((1, DIM), 1e300))
+    with pytest.raises(ConfigError, match="shape \\(90, 11\\).* dimension 12"):
+        index.add(rows[:, 1:])
+    with pytest.raises(ConfigError, match="shape \\(12,\\).* dimension 12"):
+        index.search(queries[0], 1)
+    with pytest.raises(ConfigError, match="floating-point numbers, not int64"):
+        index.search(np.ones((1, DIM), np.int64), 1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="k must be at least 1, not 0"):
+        index.search(queries, 0)
+    with pytest.raises(ConfigError, match="row id 3 is taken"):
+        index.add(rows[:2], np.array([200, 3]))
+    with pytest.raises(ConfigError, match="row id 200 is taken"):
+        index.add(rows[:2], np.array([200, 200]))
+    with pytest.raises(ConfigError, match="must not be negative, but one is -1"):
+        index.add(rows[:2], np.array([200, -1]))
+    with pytest.raises(ConfigError, match="2 rows cannot have ids of shape \\(3,\\)"):
+        index.add(rows[:2], np.arange(3) + 200)
+    assert len(index) == 90

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from tests.retrieval.conftest import COUNT
+from twotower.commands import search
+from twotower.config import Config, ConfigError, FreeText, SearchConfig
+from twotower.embedding.store import EmbeddingStore
+from twotower.retrieval import session, tables
+from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.session import checkpoint_of, print_hits, prompt
+
+pytestmark = pytest.mark.usefixtures("any_checkpoint")
+
+AS_TYPED = [
+    "a dog, running",
+    "what's this (black)?",
+    "浜辺を走る犬",
+    "a=b",
+    "null",
+    "5",
+    "{x}",
+    "[red]bold[/red] :dog: [link=x]",
+    "tab\there  two spaces",
+    "\\[escaped]",
+    "long " * 60 + "end",
+]
+
+
+@pytest.mark.parametrize("query", AS_TYPED)
+def test_a_query_is_printed_as_typed_and_its_picture_named_after_it(
+    query: str, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search.run(config, FreeText(query=query))
+    printed = capsys.readouterr().out
+    assert printed.startswith(query + "\n")
+    folder = Path(config.run.logs_dir) / "run" / "search"
+    (picture,) = folder.iterdir()
+    assert picture.name == session.picture_name(query)
+    assert printed.endswith(f"{picture}\n")
+
+
+def test_the_table_shows_rank_score_path_and_caption_as_they_are(
+    config: Config, store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(k=COUNT, grid=False))
+    search.run(config, FreeText(query="a red square"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["rank", "score", "path", "caption"]
+    assert len(lines) == 2 + COUNT
+    hits = session.open_searcher(config).search_texts(["a red square"], COUNT)[0]
+    for line, hit in zip(lines[2:], hits, strict=True):
+        rank, score, path = line.split()[:3]
+        assert (int(rank), score, path) == (hit.rank, f"{hit.score:.4f}", str(hit.path))
+    text = "\n".join(lines)
+    assert "[red]no markup[/red] :dog: {x}" in text
+    assert "浜辺を走る犬" in text
+    assert "line break and  [31mescape" in text
+    assert max(map(len, lines)) < 600
+    assert not (Path(config.run.logs_dir) / "run" / "search").exists()
+
+
+def test_on_a_terminal_the_table_keeps_to_its_width(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(tables, "output", Console(file=screen, force_terminal=True, width=70))
+    print_hits(session.open_searcher(config).search_texts(["a"], COUNT)[0])
+    plain = Text.from_ansi(screen.getvalue())
+    assert all(line.cell_len <= 70 for line in plain.split())
+    assert "markup[/red]" in plain.plain
+
+
+def test_paths_below_the_working_directory_are_shown_from_there(
+    config: Config,
+    store: EmbeddingStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(store.folder.parent)
+    search.run(config, FreeText(query="a"))
+    assert "\n   1  " in capsys.readouterr().out
+    assert session._from_here(store.folder.parent / "pictures" / "x.jpg") == "pictures/x.jpg"
+
+
+def test_a_picture_as_query_finds_itself(
+    config: Config, store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = store.metadata([12])[0]["image_path"]
+    search.run(config, FreeText(query_image=path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == path
+    rank, score, found = lines[2].split()[:3]
+    assert (rank, found) == ("1", path)
+    assert float(score) == pytest.approx(1, abs=1e-3)
+    assert Path(lines[-1]).name == session.picture_name(path)
+
+
+def test_pictures_go_where_the_config_says(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(output=str(tmp_path / "here")))
+    search.run(config, FreeText(query="a dog"))
+    assert (tmp_path / "here" / "a dog.png").is_file()
+    assert str(tmp_path / "here" / "a dog.png") in capsys.readouterr().out
+
+
+def test_every_index_gives_hits(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    search.run(config, FreeText(query="a red square"))
+    exact = capsys.readouterr().out
+    search.run(dataclasses.replace(config, index=FaissConfig()), FreeText(query="a red square"))
+    assert capsys.readouterr().out == exact
+
+
+@pytest.mark.parametrize(
+    ("free", "sentence"),
+    [
+        (FreeText(query=""), "the query is empty"),
+        (FreeText(query="  "), "the query is empty"),
+        (FreeText(query="a", query_image="b"), "give query= or query_image=, not both"),
+        (FreeText(query_image="no/such.jpg"), "query_image=no/such.jpg: there is no such picture"),
+        (FreeText(query_image="x" * 5000), ": there is no such picture"),
+        (FreeText(verb="dog"), "search takes words as query=..., for example query='dog'"),
+        (FreeText(query="a", filter="width>=512"), "search does not take filter="),
+        (FreeText(path="x"), "search does not take path="),
+    ],
+)
+def test_what_cannot_be_searched_gets_a_sentence(
+    free: FreeText, sentence: str, config: Config
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        search.run(config, free)
+    assert sentence in str(refused.value)
+
+
+def test_a_picture_that_cannot_be_read_gets_a_sentence(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ConfigError, match="cannot read .*text.jpg"):
+        search.run(config, FreeText(query_image=str(tmp_path / "text.jpg")))
+
+
+def test_more_results_than_rows_are_refused_before_the_prompt_opens(config: Config) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(k=COUNT + 1))
+    for free in (FreeText(query="a"), FreeText()):
+        with pytest.raises(ConfigError, match=f"search.k is 31, but .* has {COUNT} rows"):
+            search.run(config, free)
+
+
+def test_the_checkpoint_that_made_the_store_is_found_or_asked_for(
+    config: Config, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    own = store.folder.parent / "best.safetensors"
+    assert checkpoint_of(store, "") == checkpoint_of(store, str(own)) == own
+    moved = dataclasses.replace(store.manifest, checkpoint="elsewhere/best.safetensors")
+    assert checkpoint_of(EmbeddingStore(store.folder, moved), "") == own
+    gone = dataclasses.replace(store.manifest, checkpoint="elsewhere/last.safetensors")
+    with pytest.raises(ConfigError, match="elsewhere/last.safetensors of the store .* not there"):
+        checkpoint_of(EmbeddingStore(store.folder, gone), "")
+    unnamed = dataclasses.replace(store.manifest, checkpoint="")
+    with pytest.raises(ConfigError, match="does not say which checkpoint made it"):
+        checkpoint_of(EmbeddingStore(store.folder, unnamed), "")
+    other = tmp_path / "other.safetensors"
+    other.write_text("1")
+    with pytest.raises(ConfigError, match="was made by the checkpoint"):
+        search.run(dataclasses.replace(config, checkpoint=str(other)), FreeText(query="a"))
+    with pytest.raises(ConfigError, match="no embedding store at"):
+        search.run(dataclasses.replace(config, store=str(tmp_path / "none")), FreeText(query="a"))
+
+
+def test_the_prompt_takes_lines_as_typed_until_the_input_ends(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    typed = b"a dog, running\n\n  \nquit\n caf\xe9 \n\xe6\xb5\x9c\xe8\xbe\xba {x}"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    search.run(config, FreeText())
+    folder = Path(config.run.logs_dir) / "run" / "search"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["a dog, running.png", "quit.png", "浜辺 {x}.png"]
+    printed = capsys.readouterr().out.splitlines()
+    for query in ("a dog, running", "quit", "浜辺 {x}"):
+        assert query in printed
+    sentences = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [text.split(";")[0] for text in sentences] == [
+        "the query is empty",
+        "the query is empty",
+        "the query is not valid UTF-8 text",
+    ]
+
+
+def test_ctrl_c_at_the_prompt_ends_it_and_in_a_search_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered: list[str] = []
+
+    def interrupted(words: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    prompt(answered.append)
+    assert answered == []
+    monkeypatch.setattr("builtins.input", lambda words: "a dog")
+    with pytest.raises(KeyboardInterrupt):
+        prompt(interrupted)  # type: ignore[arg-type]
