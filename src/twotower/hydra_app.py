@@ -86,10 +86,10 @@ def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, lis
 
 
 def _no_such_key(key: str, known: list[str]) -> ConfigError:
-    prefix, _, last = key.rpartition(".")
+    prefix, dot, last = key.rpartition(".")
     near = get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)
-    meant = f"; did you mean {prefix}.{near[0]}?" if prefix else f"; did you mean {''.join(near)}?"
-    return ConfigError(f"no such config key: {key}{meant if near else ''}")
+    hint = f"; did you mean {prefix}{dot}{near[0]}?" if near else ""
+    return ConfigError(f"no such config key: {key}{hint}")
 
 
 def to_config(composed: DictConfig) -> Config:

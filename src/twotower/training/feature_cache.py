@@ -30,7 +30,8 @@ from twotower.models.dual_encoder import ModelBundle
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 64
+BATCH_ROWS = 16  # on CPUs: larger batches leave the cache and run at half the rate
+GPU_BATCH_ROWS = 256
 
 
 class CachedImages(ImageTextDataset):
@@ -97,6 +98,10 @@ def _kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
     return tensors
 
 
+def _batch_rows(device: torch.device) -> int:
+    return GPU_BATCH_ROWS if device.type == "cuda" else BATCH_ROWS
+
+
 def _gathered(parts: list[Tensor]) -> Tensor:
     return torch.cat([part for of_rank in all_gather_objects(parts) for part in of_rank])
 
@@ -119,7 +124,7 @@ def image_features(
         pictures: Dataset[Tensor | None] = PictureInputs(pairs, bundle.eval_transform)
         loader = DataLoader(
             Subset(pictures, rows),
-            batch_size=BATCH_ROWS,
+            batch_size=_batch_rows(device),
             num_workers=config.num_workers,
             collate_fn=list,
         )
@@ -161,9 +166,10 @@ def caption_features(
     def compute() -> dict[str, Tensor]:
         rows = shard_range(len(unique), rank(), world_size())
         features = []
+        step = _batch_rows(device)
         with progress("caption features", len(rows), "captions", is_main_process()) as bar:
-            for start in range(rows.start, rows.stop, BATCH_ROWS):
-                texts = unique[start : min(start + BATCH_ROWS, rows.stop)]
+            for start in range(rows.start, rows.stop, step):
+                texts = unique[start : min(start + step, rows.stop)]
                 with autocast(device, config.precision):
                     encoded = trunk(bundle.tokenizer(texts).to(device))
                 features.append(encoded.float().cpu())

@@ -25,6 +25,7 @@ from twotower.distributed import (
 )
 from twotower.evaluation.retrieval import RetrievalReport, autocast, measure_retrieval
 from twotower.models.dual_encoder import ModelBundle
+from twotower.models.locking import apply_batch_norm_policy
 from twotower.models.saved import load_weights, save_bundle
 from twotower.runs import RunPaths
 from twotower.tracking import MetricWriter
@@ -71,6 +72,7 @@ class Trainer:
         self.sampler = GlobalBatchSampler(
             len(inputs.train), config.batch_size, seed, rank(), world_size()
         )
+        apply_batch_norm_policy(inputs.model, bundle.config.batch_norm, world_size())
         self.optimizer = build_optimizer(inputs.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
         self.parallel: nn.Module = inputs.model
