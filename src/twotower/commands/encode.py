@@ -1,0 +1,21 @@
+"""`twotower encode`: a checkpoint and a source -> an embedding store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twotower.config import Config, FreeText
+from twotower.console import say
+from twotower.embedding.export import existing_checkpoint, export
+from twotower.embedding.source import pairs_to_encode
+from twotower.runs import checkpoint_path, store_path
+
+
+def run(config: Config, free: FreeText) -> None:
+    """Encode `path=` or the data section with the run's checkpoint, and say where the store is."""
+    checkpoint = existing_checkpoint(checkpoint_path(config))
+    pairs = pairs_to_encode(config.data, free.path).split(config.encode.split)
+    output = Path(config.encode.output) if config.encode.output else store_path(config)
+    result = export(checkpoint, pairs, output, config.encode, config.distributed)
+    if result is not None:
+        say(result.sentence())

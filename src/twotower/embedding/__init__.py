@@ -1,0 +1,1 @@
+"""From a checkpoint to embeddings: the encoder, the store, and the export over many processes."""

@@ -1,0 +1,178 @@
+"""From pictures and words to unit vectors: whatever the variant, one class after training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.config import ConfigError, Precision
+from twotower.embedding.layout import FloatArray
+from twotower.embedding.pictures import (
+    Picture,
+    PictureBatch,
+    collate_pictures,
+    name_of,
+    read_picture,
+)
+from twotower.models.dual_encoder import DualEncoder, ModelBundle
+from twotower.models.saved import load_bundle
+
+
+def _prepared(model: DualEncoder, device: torch.device, precision: Precision) -> DualEncoder:
+    """The model where and as it computes.
+
+    bf16 casts the weights: under autocast a ViT on a CPU is slower than in fp32, with cast weights
+    nearly twice as fast. fp16 keeps fp32 weights under autocast, whose softmax and norms do not
+    overflow.
+    """
+    if precision is Precision.fp16 and device.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+    if precision is Precision.bf16:
+        # The caller's own fp32 weights stay as they are.
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    return model.to(device).eval()
+
+
+class Encoder:
+    """Encodes pictures and texts with a checkpoint's model, tokenizer and transform.
+
+    Batches have one fixed size: the last is padded to it and cut again, texts are padded to the
+    tokenizer's length. So a row's value depends neither on how many rows come with it nor on the
+    number of processes. The model of the bundle is moved to the device and switched to evaluation.
+
+    Raises:
+        ConfigError: fp16 is asked for on a CPU.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        device: torch.device | None = None,
+        precision: Precision = Precision.fp32,
+        batch_size: int = 64,
+    ) -> None:
+        self.bundle = bundle
+        self.device = device or torch.device("cpu")
+        self.precision = precision
+        self.batch_size = batch_size
+        self._model = _prepared(bundle.model, self.device, precision)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path,
+        device: torch.device | None = None,
+        precision: Precision = Precision.fp32,
+        batch_size: int = 64,
+    ) -> Encoder:
+        """The encoder of a checkpoint file.
+
+        Raises:
+            ConfigError: the checkpoint is missing or damaged, or as for the class.
+        """
+        return cls(load_bundle(checkpoint), device, precision, batch_size)
+
+    @cached_property
+    def dim(self) -> int:
+        """Values a row; found by encoding one empty text."""
+        with torch.inference_mode(), self._autocast():
+            tokens = self.bundle.tokenizer([""]).to(self.device)
+            return int(self._model.encode_text(tokens).shape[1])
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that every text is cut and padded to."""
+        return self.bundle.tokenizer.context_length
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Texts -> (N, D) float32 of unit norm, in the order given."""
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        rows = []
+        for first in range(0, len(texts), self.batch_size):
+            tokens = self.bundle.tokenizer(texts[first : first + self.batch_size])
+            rows.append(self._features(self._model.encode_text, tokens))
+        return np.concatenate(rows)
+
+    def encode_batch(self, batch: PictureBatch) -> FloatArray:
+        """At most `batch_size` pictures -> (n, D) float32 of unit norm.
+
+        Rows of unreadable pictures mean nothing.
+        """
+        if batch.pixels is None:
+            return np.zeros((len(batch.reasons), self.dim), np.float32)
+        return self._features(self._model.encode_image, batch.pixels)
+
+    @overload
+    def encode_images(
+        self, images: Sequence[Picture], errors: Literal["raise"] = "raise"
+    ) -> FloatArray: ...
+
+    @overload
+    def encode_images(
+        self, images: Sequence[Picture], errors: Literal["none"]
+    ) -> list[FloatArray | None]: ...
+
+    def encode_images(
+        self, images: Sequence[Picture], errors: Literal["raise", "none"] = "raise"
+    ) -> FloatArray | list[FloatArray | None]:
+        """Pictures (paths, bytes, PIL pictures, uint8 arrays) -> unit vectors in the order given.
+
+        With `errors="raise"` the result is (N, D) float32; with `errors="none"` it is a list of N
+        entries, each (D,) float32, or None for a picture that cannot be read.
+
+        Raises:
+            ConfigError: a picture cannot be read and `errors` is "raise".
+        """
+        rows: list[FloatArray | None] = []
+        for first in range(0, len(images), self.batch_size):
+            sources = images[first : first + self.batch_size]
+            batch = collate_pictures(
+                [read_picture(source, self.bundle.eval_transform) for source in sources]
+            )
+            if batch.reasons and errors == "raise":
+                place, reason = next(iter(batch.reasons.items()))
+                name = name_of(sources[place], first + place)
+                raise ConfigError(f"cannot read {name}: {reason}")
+            features = self.encode_batch(batch)
+            rows.extend(
+                None if place in batch.reasons else row for place, row in enumerate(features)
+            )
+        if errors == "none":
+            return rows
+        readable = [row for row in rows if row is not None]
+        return np.stack(readable) if readable else np.empty((0, self.dim), np.float32)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision is Precision.fp16:
+            return torch.autocast(self.device.type, torch.float16)
+        return contextlib.nullcontext()
+
+    @torch.inference_mode()
+    def _features(self, tower: Callable[[Tensor], Tensor], inputs: Tensor) -> FloatArray:
+        """One padded forward pass: n <= batch_size inputs -> (n, D) float32 of unit norm."""
+        count = len(inputs)
+        if count < self.batch_size:
+            # Copies of the first input are valid whatever the tower; zeros may not be.
+            padding = inputs[:1].expand(self.batch_size - count, *inputs.shape[1:])
+            inputs = torch.cat([inputs, padding])
+        with self._autocast():
+            features = tower(inputs.to(self.device, non_blocking=True))
+        features = F.normalize(features.float(), dim=-1)[:count]
+        if not torch.isfinite(features).all():
+            raise ConfigError(
+                "the model gives features that are not finite numbers: the checkpoint is damaged, "
+                f"or precision {self.precision.name} is too narrow for it; try fp32"
+            )
+        numbers: FloatArray = features.cpu().numpy()
+        return numbers

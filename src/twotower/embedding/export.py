@@ -1,0 +1,133 @@
+"""Encoding a source into a store on one or many processes, whose number changes no byte."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from twotower.checkpoint.native import file_sha256
+from twotower.config import ConfigError, DistributedConfig, EncodeConfig, Rows
+from twotower.data.pairs import PairTable
+from twotower.distributed import launch, resolve_device
+from twotower.embedding.layout import MANIFEST, Manifest
+from twotower.embedding.rows import fingerprint, has_captions
+from twotower.embedding.work import ExportJob, ExportResult, run_export
+from twotower.embedding.writer import beside, restore
+
+
+def existing_checkpoint(path: Path) -> Path:
+    """The path, if there is a file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"no checkpoint at {path}; train one first with `twotower train ...` and the same "
+            "model=, data= and train settings, or give checkpoint=..."
+        )
+    return path
+
+
+def export(
+    checkpoint: Path,
+    pairs: PairTable,
+    output: Path,
+    encode: EncodeConfig,
+    distributed: DistributedConfig,
+) -> ExportResult | None:
+    """Encode the images and captions of `pairs` into the store `output`.
+
+    A finished store of the same source, checkpoint and settings is reused, an unfinished one is
+    continued with the number of threads that it was begun with, another one is refused. With
+    `encode.overwrite` the store that is there stays until the new one is finished. Unreadable
+    pictures are listed in the store.
+
+    Returns:
+        What was done; None on other ranks than the first under torchrun.
+
+    Raises:
+        ConfigError: the checkpoint is missing, the folder holds something else, there is nothing to
+            encode, nothing could be read, or the disk is full.
+    """
+    plan = _plan(existing_checkpoint(checkpoint), pairs, encode, distributed)
+    restore(output)
+    folder = _work_folder(output, plan, overwrite=encode.overwrite)
+    if folder is None:
+        return ExportResult(folder=output, manifest=Manifest.read(output), reused=True)
+    job = ExportJob(
+        checkpoint=checkpoint,
+        pairs=pairs,
+        output=output,
+        folder=folder,
+        plan=plan,
+        encode=encode,
+        distributed=distributed,
+    )
+    return launch(run_export, distributed, job)
+
+
+def _plan(
+    checkpoint: Path, pairs: PairTable, encode: EncodeConfig, distributed: DistributedConfig
+) -> Manifest:
+    """The manifest as far as it is known before the model is loaded."""
+    texts = encode.texts and has_captions(pairs)
+    if not encode.images and not texts:
+        why = "it has no captions" if encode.texts else "encode.texts is false too"
+        raise ConfigError(f"nothing to encode of {pairs.name}: encode.images is false and {why}")
+    if encode.rows is Rows.pairs and not has_captions(pairs):
+        raise ConfigError(
+            f"encode.rows=pairs makes a row of each caption, and {pairs.name} has none; use "
+            "encode.rows=images"
+        )
+    return Manifest(
+        source_rows=len(pairs),
+        dtype=encode.dtype.name,
+        rows_kind=encode.rows.name,
+        images=encode.images,
+        texts=texts,
+        shard_rows=encode.shard_rows,
+        batch_size=encode.batch_size,
+        precision=encode.precision.name,
+        device=resolve_device(distributed).type,
+        checkpoint=os.path.abspath(checkpoint),
+        checkpoint_sha256=file_sha256(checkpoint),
+        source=pairs.name,
+        source_fingerprint=fingerprint(pairs),
+    )
+
+
+def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | None:
+    """Where to write: `output`, beside it to replace a store, None if it is there already."""
+    if not (output / MANIFEST).exists():
+        _refuse_other_files(output)
+        return output
+    there = Manifest.read(output)
+    differences = there.differences(plan)
+    is_whole = there.complete and all(shard.is_whole(output) for shard in there.shards)
+    if not is_whole and there.device != plan.device:
+        differences.append(f"the device is {there.device} there and {plan.device} here")
+    if not differences and not is_whole:
+        return output
+    if overwrite:
+        new = beside(output, "new")
+        if not (new / MANIFEST).exists():
+            _refuse_other_files(new)
+        return new
+    if differences:
+        state = "finished" if there.complete else "unfinished"
+        raise ConfigError(
+            f"{output} holds another encoding ({state}): {'; '.join(differences)}; choose another "
+            "folder with encode.output=..., or replace it with encode.overwrite=true"
+        )
+    return None
+
+
+def _refuse_other_files(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder for the store with encode.output=...")
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ConfigError(
+            f"{folder} is not empty and holds no embedding store; choose another folder with "
+            "encode.output=..."
+        )

@@ -1,0 +1,135 @@
+"""Pictures on their way to the tower: read, transformed, in batches whose places never shift."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.pairs import PairTable
+from twotower.models.dual_encoder import ImageTransform
+
+Picture = Path | str | bytes | Image.Image | np.ndarray
+
+
+class PictureBatch(NamedTuple):
+    """Pictures in their places: uint8 (n, 3, H, W), zeros where one is unreadable, and why it is.
+
+    A place that stays makes a row's value independent of whether its neighbours can be read.
+    `pixels` is None where no picture of the batch can be read.
+    """
+
+    pixels: Tensor | None
+    reasons: dict[int, str]
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    channels_last = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if pixels.dtype != np.uint8 or not channels_last:
+        raise UnreadableImage(
+            "an array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), "
+            f"not {pixels.dtype} of {pixels.shape}"
+        )
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return Image.fromarray(pixels)
+
+
+def read_picture(source: Picture, transform: ImageTransform) -> Tensor | str:
+    """One picture as uint8 (3, H, W), or the reason why it cannot be read."""
+    try:
+        picture = _from_array(source) if isinstance(source, np.ndarray) else source
+        return transform(decode_image(picture))
+    except UnreadableImage as error:
+        return str(error)
+    # A transform may fail on a picture of a shape that nobody thought of; one file in a million
+    # must not end the export, and its reason is kept.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def collate_pictures(pictures: Sequence[Tensor | str]) -> PictureBatch:
+    """Stack what could be read, each in its place."""
+    reasons = {place: read for place, read in enumerate(pictures) if isinstance(read, str)}
+    first = next((read for read in pictures if isinstance(read, Tensor)), None)
+    if first is None:
+        return PictureBatch(None, reasons)
+    blank = torch.zeros_like(first)
+    pixels = torch.stack([blank if isinstance(read, str) else read for read in pictures])
+    return PictureBatch(pixels, reasons)
+
+
+class PictureFiles(Dataset[Tensor | str]):
+    """The pictures of a table by source row; a class so that worker processes can be sent it."""
+
+    def __init__(self, pairs: PairTable, transform: ImageTransform) -> None:
+        self.pairs = pairs
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> Tensor | str:
+        return read_picture(self.pairs.path(row), self.transform)
+
+
+def batches_of(rows: range, batch_size: int) -> Iterator[range]:
+    """A shard's rows cut into batches that start at the shard's first row."""
+    for first in range(rows.start, rows.stop, batch_size):
+        yield range(first, min(first + batch_size, rows.stop))
+
+
+class ShardBatches:
+    """The row numbers of every batch of several shards, made as they are asked for."""
+
+    def __init__(self, shards: Sequence[range], batch_size: int) -> None:
+        self.shards = shards
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.shards:
+            for batch in batches_of(rows, self.batch_size):
+                yield list(batch)
+
+
+def picture_batches(
+    pairs: PairTable,
+    transform: ImageTransform,
+    shards: Sequence[range],
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[PictureBatch]:
+    """The batches of several shards, one after the other, read ahead by `num_workers` processes."""
+    loader: DataLoader[Tensor | str] = DataLoader(
+        PictureFiles(pairs, transform),
+        batch_sampler=ShardBatches(shards, batch_size),
+        collate_fn=collate_pictures,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    return iter(loader)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def name_of(source: Picture, place: int) -> str:
+    """What to call a picture in a message."""
+    if isinstance(source, str | Path):
+        return os.fspath(source)
+    return f"picture {place} of the input"

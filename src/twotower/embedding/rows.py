@@ -1,0 +1,124 @@
+"""Which rows a store has: the fixed grid of shards, and the metadata of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.config import Rows
+from twotower.data.pairs import PairTable
+from twotower.embedding.layout import IntArray
+
+_OWN = ("image_path", "caption", "captions", "row_id", "source_row", "image_id", "split")
+
+
+class Slots(NamedTuple):
+    """The rows of a shard if every picture can be read: source row, caption and id of each."""
+
+    source_rows: IntArray
+    captions: list[str]
+    row_ids: IntArray
+
+
+class RowGrid:
+    """The rows of a source, cut by source row: shard s holds the images [s * S, (s + 1) * S).
+
+    With `rows=images` a row is an image with its first caption and `row_id` is the source row. With
+    `rows=pairs` a row is a caption and `row_id` counts the captions of the whole source. An image
+    without captions has one row, with the empty caption. Ids are counted before anything is read:
+    an unreadable picture leaves a gap, so that no id changes when it is mended.
+    """
+
+    def __init__(self, pairs: PairTable, rows: Rows) -> None:
+        self.pairs = pairs
+        self.rows = rows
+        counts = _num_captions(pairs) if rows is Rows.pairs else np.ones(len(pairs), np.int64)
+        self._first_id = np.concatenate([[0], np.cumsum(np.maximum(counts, 1))]).astype(np.int64)
+
+    def slots(self, source_rows: range) -> Slots:
+        """The rows of a range of images."""
+        first, stop = source_rows.start, source_rows.stop
+        lists = self.pairs.table["captions"].slice(first, stop - first).to_pylist()
+        filled = [captions or [""] for captions in lists]
+        if self.rows is Rows.images:
+            filled = [captions[:1] for captions in filled]
+        counts = np.diff(self._first_id[first : stop + 1])
+        return Slots(
+            np.repeat(np.arange(first, stop, dtype=np.int64), counts),
+            [caption for captions in filled for caption in captions],
+            np.arange(self._first_id[first], self._first_id[stop], dtype=np.int64),
+        )
+
+    def metadata(self, slots: Slots, keep: npt.NDArray[np.bool_]) -> pa.Table:
+        """The metadata of the slots that are kept.
+
+        Columns: image_path (absolute), caption (of the row), captions (all of the image), row_id,
+        source_row, image_id, split, then what else the source has; a source's column with one of
+        these names gets `source_` before it.
+        """
+        rows = slots.source_rows[keep]
+        first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+        source = self.pairs.table.slice(first, last + 1 - first).take(pa.array(rows - first))
+        root = os.path.abspath(self.pairs.root)
+        paths = [os.path.join(root, path) for path in source["filepath"].to_pylist()]
+        captions = [slots.captions[place] for place in np.flatnonzero(keep)]
+        columns = {
+            "image_path": pa.array(paths, pa.string()),
+            "caption": pa.array(captions, pa.string()),
+            "captions": source["captions"],
+            "row_id": pa.array(slots.row_ids[keep]),
+            "source_row": pa.array(rows),
+            "image_id": source["image_id"],
+            "split": source["split"],
+        }
+        for name in source.column_names:
+            if name not in ("filepath", "captions", "image_id", "split"):
+                columns[f"source_{name}" if name in _OWN else name] = source[name]
+        return pa.table(columns).combine_chunks()
+
+
+def _num_captions(pairs: PairTable) -> IntArray:
+    lengths = pc.fill_null(pc.list_value_length(pairs.table["captions"]), 0)
+    counts: IntArray = lengths.to_numpy().astype(np.int64)
+    return counts
+
+
+def has_captions(pairs: PairTable) -> bool:
+    """Whether any image has a caption."""
+    return bool(_num_captions(pairs).any())
+
+
+class _Hashing:
+    """A file to write to that keeps nothing but the hash."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def fingerprint(pairs: PairTable) -> str:
+    """SHA-256 of what a source says: its root, and every path, caption and column in order.
+
+    The contents of the pictures are not read: a file that changes under the same name is not
+    noticed.
+    """
+    sink = _Hashing()
+    sink.write(os.path.abspath(pairs.root).encode(errors="surrogateescape"))
+    table = pairs.table.replace_schema_metadata(None).combine_chunks()
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as stream:
+        stream.write_table(table, max_chunksize=65536)
+    return sink.sha256.hexdigest()

@@ -1,0 +1,232 @@
+"""Writing an embedding store shard by shard: a killed run leaves whole shards or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower.checkpoint.atomic import replacing
+from twotower.checkpoint.native import file_sha256
+from twotower.config import ConfigError
+from twotower.embedding.layout import (
+    DONE,
+    ERROR_SCHEMA,
+    ERRORS,
+    IMAGES,
+    MANIFEST,
+    METADATA,
+    TEXTS,
+    FloatRows,
+    Manifest,
+    Shard,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+# Small enough that the metadata of a few hits costs a few groups, large enough to compress.
+ROWS_PER_GROUP = 4096
+
+
+class InputError(NamedTuple):
+    """An input that could not be read."""
+
+    source_row: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StoreWriter:
+    """A store in the making: `folder` and the plan that every shard follows.
+
+    A shard's record in `shards/` is written after its files, so a record stands for a whole shard;
+    several processes write different shards at the same time. `finish` gathers the records in the
+    manifest.
+    """
+
+    folder: Path
+    plan: Manifest
+
+    @classmethod
+    def begin(cls, folder: Path, plan: Manifest) -> StoreWriter:
+        """Write the plan; what was begun with the same one is continued with its number of threads.
+
+        Another plan's files are removed; a finished store that lost a file gives its whole shards.
+        """
+        there = Manifest.read(folder) if (folder / MANIFEST).exists() else None
+        if there and (there.differences(plan) or there.device != plan.device):
+            clear(folder)
+            there = None
+        writer = cls(folder, dataclasses.replace(plan, threads=there.threads) if there else plan)
+        if there and there.complete:
+            writer._reopen(there)
+        writer.plan.write(folder)
+        return writer
+
+    def _reopen(self, finished: Manifest) -> None:
+        path = self.folder / ERRORS
+        errors = pq.read_table(path) if path.exists() else ERROR_SCHEMA.empty_table()
+        for shard in finished.shards:
+            rows = self.plan.shard_range(shard.shard)
+            inside = pc.and_(
+                pc.greater_equal(errors["source_row"], rows.start),
+                pc.less(errors["source_row"], rows.stop),
+            )
+            found = [InputError(**error) for error in errors.filter(inside).to_pylist()]
+            if shard.is_whole(self.folder) and len(found) == shard.errors:
+                self._write_record(shard, found)
+
+    def missing(self) -> list[int]:
+        """The shards that are not there, or not whole, in order."""
+        shards = range(self.plan.num_shards)
+        return [shard for shard in shards if not self._is_done(shard)]
+
+    def is_recorded(self, shard: int) -> bool:
+        """Whether a shard's record is written; cheaper than to look at its files."""
+        return self._record(shard).exists()
+
+    def _record(self, shard: int) -> Path:
+        return self.folder / self.plan.path(DONE, shard)
+
+    def _is_done(self, shard: int) -> bool:
+        if not self._record(shard).exists():
+            return False
+        if self._read_record(shard)[0].is_whole(self.folder):
+            return True
+        self._record(shard).unlink()
+        return False
+
+    def _read_record(self, shard: int) -> tuple[Shard, list[InputError]]:
+        plain = json.loads(self._record(shard).read_text())
+        return Shard(**plain["shard"]), [InputError(*error) for error in plain["errors"]]
+
+    def _write_record(self, shard: Shard, errors: Sequence[InputError]) -> None:
+        write_json(
+            self._record(shard.shard), {"shard": dataclasses.asdict(shard), "errors": errors}
+        )
+
+    def commit(
+        self,
+        shard: int,
+        images: FloatRows | None,
+        texts: FloatRows | None,
+        metadata: pa.Table,
+        errors: Sequence[InputError],
+    ) -> None:
+        """Write a shard: vectors (n, D), metadata and unreadable inputs; its record comes last.
+
+        Raises:
+            ConfigError: the disk is full or the folder is not writable; whole shards stay.
+        """
+        files: dict[str, dict[str, int | str]] = {}
+        for kind, rows in ((IMAGES, images), (TEXTS, texts)):
+            if rows is None:
+                continue
+            assert len(rows) == metadata.num_rows
+            name = self.plan.path(kind, shard)
+            with replacing(self.folder / name) as temporary, temporary.open("wb") as file:
+                np.save(file, rows)
+            files[name] = self._describe(name)
+        name = self.plan.path(METADATA, shard)
+        with replacing(self.folder / name) as temporary:
+            pq.write_table(metadata, temporary, row_group_size=ROWS_PER_GROUP)
+        files[name] = self._describe(name)
+        source_rows = self.plan.shard_range(shard)
+        record = Shard(
+            shard=shard,
+            first_source_row=source_rows.start,
+            source_rows=len(source_rows),
+            rows=metadata.num_rows,
+            errors=len(errors),
+            files=files,
+        )
+        self._write_record(record, errors)
+
+    def _describe(self, name: str) -> dict[str, int | str]:
+        path = self.folder / name
+        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+    def finish(self) -> Manifest:
+        """Write the errors and, last, the finished manifest, which takes the records over.
+
+        Raises:
+            ConfigError: nothing at all could be read. The store is removed, so that a rerun reads
+                again.
+        """
+        records = [self._read_record(shard) for shard in range(self.plan.num_shards)]
+        errors = [error for _, found in records for error in found]
+        shards = tuple(shard for shard, _ in records)
+        rows = sum(shard.rows for shard in shards)
+        if not rows:
+            clear(self.folder)
+            raise ConfigError(
+                f"none of the {len(errors)} pictures of {self.plan.source} could be read; the "
+                f"first is {errors[0].path}: {errors[0].reason}"
+            )
+        table = pa.Table.from_pylist([error._asdict() for error in errors], ERROR_SCHEMA)
+        with replacing(self.folder / ERRORS) as temporary:
+            pq.write_table(table, temporary)
+        manifest = dataclasses.replace(
+            self.plan, complete=True, rows=rows, errors=len(errors), shards=shards
+        )
+        manifest.write(self.folder)
+        shutil.rmtree(self.folder / DONE)
+        for stale in self.folder.rglob(".*.tmp"):
+            stale.unlink(missing_ok=True)
+        return manifest
+
+
+def clear(folder: Path) -> None:
+    """Remove a store's own files and nothing else; the folder goes if it is empty then."""
+    patterns = [MANIFEST, ERRORS, f".{MANIFEST}.*.tmp", f".{ERRORS}.*.tmp"]
+    kinds = (IMAGES, TEXTS, METADATA, DONE)
+    for kind in kinds:
+        patterns += [f"{kind}/{kind}_[0-9]*", f"{kind}/.{kind}_*.*.tmp"]
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    for emptied in (*(folder / kind for kind in kinds), folder):
+        if emptied.is_dir() and not any(emptied.iterdir()):
+            emptied.rmdir()
+
+
+def beside(store: Path, what: str) -> Path:
+    """The folder `<store>.new` or `<store>.old` of an encoding that replaces another."""
+    return store.with_name(f"{store.name}.{what}")
+
+
+def replace_store(store: Path) -> None:
+    """Put the finished `<store>.new` in the place of `store`, whose files are removed after that.
+
+    Raises:
+        ConfigError: the folders cannot be renamed.
+    """
+    old, new = beside(store, "old"), beside(store, "new")
+    try:
+        clear(old)
+        store.rename(old)
+        new.rename(store)
+        clear(old)
+    except OSError as error:
+        raise ConfigError(f"cannot put {new} in the place of {store}: {error.strerror}") from error
+
+
+def restore(store: Path) -> None:
+    """Bring a store back that a kill in the middle of `replace_store` left under its other name."""
+    if not store.exists() and (beside(store, "old") / MANIFEST).exists():
+        # Under torchrun another rank may have done it in between.
+        with contextlib.suppress(FileNotFoundError):
+            beside(store, "old").rename(store)
