@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Runs every gate, cheapest first, and stops at the first that fails; --all adds the tests marked slow.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+case "$*" in
+  '') tests=(pytest -m 'not slow') ;;
+  --all) tests=(pytest) ;;
+  *)
+    echo "usage: bash scripts/test.sh [--all]" >&2
+    exit 1
+    ;;
+esac
+
+make_environment .venv-test cpu,quickstart,test,dev
+PATH="$PWD/.venv-test/bin:$PATH"
+
+code=(src tests conf)
+if [[ -d benchmarks ]]; then code+=(benchmarks); fi
+
+gate() {
+  local name=$1 start=$SECONDS status=0
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || status=$?
+  if ((status)); then
+    echo "== $name failed" >&2
+    exit "$status"
+  fi
+  echo "== $name passed in $((SECONDS - start)) s"
+}
+
+gate "ruff check" ruff check "${code[@]}"
+gate "ruff format" ruff format --check "${code[@]}"
+gate "mypy" mypy
+gate "import-linter" lint-imports --no-logo
+gate "shellcheck" shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
+gate "pytest" "${tests[@]}"
+printf '\nevery gate passed in %d s\n' "$SECONDS"
