@@ -11,6 +11,7 @@ step "install into .venv"
 bash scripts/0_install.sh
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
+use_environment
 
 step "prepare OpenMoji and the pretrained towers"
 twotower prepare data=openmoji
@@ -21,10 +22,9 @@ twotower train experiment=quickstart_bert_resnet
 
 step "openai_pretrain: a tiny CLIP from scratch"
 twotower train experiment=quickstart_openai_pretrain
-pretrained=models/quickstart-openai_pretrain
-if [ ! -e logs/quickstart-openai_pretrain/evaluate/openmoji-train-175.json ]; then
-  twotower evaluate experiment=quickstart_openai_pretrain checkpoint=$pretrained/best.safetensors \
-    evaluate.split=train evaluate.max_images=175
+pretrained=quickstart-openai_pretrain
+if [ ! -e logs/$pretrained/evaluate/openmoji-train-175.json ]; then
+  twotower evaluate run.name=$pretrained evaluate.split=train evaluate.max_images=175
 fi
 
 step "openai_finetune: fine-tuning in OpenAI's format"
@@ -32,31 +32,35 @@ weights=${TWOTOWER_OPENAI_WEIGHTS:-${XDG_CACHE_HOME:-$HOME/.cache}/twotower/open
 if [ -e "$weights" ]; then
   echo "starting from OpenAI's weights in $weights"
 else
-  weights=$pretrained/openai.pt
+  weights=models/$pretrained/openai.pt
   echo "OpenAI's weights are not at hand, so it starts from openai_pretrain's export, $weights"
-  if [ ! -e "$weights" ] || [ "$pretrained/best.safetensors" -nt "$weights" ]; then
-    twotower export checkpoint=$pretrained/best.safetensors path="$weights"
+  if [ ! -e "$weights" ] || [ "models/$pretrained/best.safetensors" -nt "$weights" ]; then
+    twotower export checkpoint=models/$pretrained/best.safetensors path="$weights"
   fi
 fi
 twotower train experiment=quickstart_openai_finetune model.weights="$weights"
 
 step "which variant wins"
 twotower compare
-best=$(python -c 'import json; print(json.load(open("logs/comparison.json"))["best"]["openmoji/val"])')
+checkpoint=$(python -c 'import json; print(json.load(open("logs/comparison.json"))["best"]["openmoji/val"])')
+best=$(basename "$(dirname "$checkpoint")")
 
 step "encode every picture with the best: $best"
-twotower encode checkpoint="$best"
+twotower encode run.name="$best"
 
 step "benchmark the exact index against FAISS"
-twotower benchmark checkpoint="$best"
+if [ ! -e "logs/$best/benchmark/benchmark.md" ]; then
+  twotower benchmark run.name="$best"
+fi
+cat "logs/$best/benchmark/benchmark.md"
 
 step "search"
 printf '%s\n' "a cat with tears of joy" "something sweet to eat" "bad weather" |
-  twotower search checkpoint="$best" search.k=10
+  twotower search run.name="$best" search.k=10
 
 step "done"
 cat logs/comparison.md
 echo
-echo "pictures found:  $(dirname "${best/models/logs}")/search/"
-echo "benchmark plot:  $(dirname "${best/models/logs}")/benchmark/"
+echo "pictures found:  logs/$best/search/"
+echo "benchmark plot:  logs/$best/benchmark/benchmark.png"
 echo "training curves: .venv/bin/tensorboard --logdir logs"

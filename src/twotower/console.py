@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 console = Console(stderr=True, highlight=False, emoji=False)
 log = logging.getLogger(__name__)
@@ -92,3 +95,17 @@ output = Console(highlight=False, emoji=False)
 def say(text: str = "") -> None:
     """Print a result on stdout as it is: no markup, no emoji codes, no wrapping, tabs kept."""
     output.file.write(text + "\n")
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as the terminal; in a pipe or a file one line a row, nothing cut."""
+    if output.is_terminal:
+        output.print(table)
+        return
+    unlimited = output.options.update(max_width=1_000_000)
+    width = Measurement.get(output, unlimited, table).maximum
+    wide = Console(file=io.StringIO(), width=width, highlight=False)
+    with wide.capture() as captured:
+        wide.print(table)
+    for line in captured.get().splitlines():
+        say(line.rstrip())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ from twotower.config import ConfigError, Device, DistributedConfig
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 _REFUSED = "twotower-config-error: "
 
@@ -143,7 +147,21 @@ def check_processes(config: DistributedConfig) -> None:
         )
 
 
-def _set_threads(config: DistributedConfig) -> None:
+def _keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed, for the next layer of the same size.
+
+    By default glibc gives each activation's pages back and faults them in anew, which takes half
+    of the time of a convolutional tower on CPUs. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _prepare_process(config: DistributedConfig) -> None:
+    if resolve_device(config).type == "cpu":
+        _keep_freed_memory()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     share = max(1, len(os.sched_getaffinity(0)) // local_world)
     torch.set_num_threads(config.num_threads or share)
@@ -155,7 +173,7 @@ def _rank_main(
     """One rank's life: process group, threads, log, the work, and a clean end."""
     from twotower.console import ConsoleHandler
 
-    _set_threads(config)
+    _prepare_process(config)
     device = resolve_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -216,7 +234,7 @@ def launch(fn: Callable[..., T], config: DistributedConfig, *args: Any) -> T:
             raise
     check_processes(config)
     if config.nproc_per_node == 1:
-        _set_threads(config)
+        _prepare_process(config)
         return fn(*args)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -250,6 +268,8 @@ def _unless_stopped(result: Any) -> Any:
 def _first_failure(error: Any) -> Exception:
     """The error of the rank that failed first, with its own traceback or sentence."""
     failed_rank, failure = error.get_first_failure()
+    if failure.exitcode - 128 in (signal.SIGINT, signal.SIGTERM):
+        return Stopped(failure.exitcode - 128, f"rank {failed_rank} was told to save and stop")
     text = str(failure.message)
     try:
         with open(failure.error_file) as file:

@@ -45,3 +45,10 @@ def checkpoint_path(config: Config) -> Path:
 def store_path(config: Config) -> Path:
     """The store that a command works with: `store=`, or that beside the checkpoint."""
     return Path(config.store) if config.store else checkpoint_path(config).parent / "store"
+
+
+def logs_path(config: Config) -> Path:
+    """`logs/<run>` of the run whose checkpoint or store a command works with."""
+    given = config.checkpoint or config.store
+    name = Path(given).absolute().parent.name if given else config.run.name
+    return Path(config.run.logs_dir) / name

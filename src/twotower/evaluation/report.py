@@ -11,14 +11,14 @@ from rich.table import Table
 
 from twotower.checkpoint.native import read_header
 from twotower.config import Config
-from twotower.console import output
+from twotower.console import print_table, say
 from twotower.data.pairs import load_pairs
 from twotower.distributed import is_main_process, launch, resolve_device
 from twotower.evaluation.retrieval import PictureInputs, RetrievalReport, measure_retrieval
 from twotower.metrics import KS
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.saved import load_bundle
-from twotower.runs import checkpoint_path
+from twotower.runs import checkpoint_path, logs_path
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def with_interval(report: RetrievalReport, name: str) -> str:
     return f"{value} [{low:.1f}, {high:.1f}]"
 
 
-def report_table(report: RetrievalReport, title: str) -> Table:
+def report_table(report: RetrievalReport) -> Table:
     """Both directions, a row each."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for heading in ("", *(f"R@{k} %" for k in KS), "median rank"):
         table.add_column(heading, justify="left" if not heading else "right")
     for direction in ("text_to_image", "image_to_text"):
@@ -66,7 +66,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> tuple[RetrievalRepo
         device,
         bootstrap=config.evaluate.bootstrap,
     )
-    about = describe(bundle, checkpoint, config, float(read_header(checkpoint).get("seconds", 0.0)))
+    last = checkpoint.with_name("last.safetensors")
+    seconds = read_header(last if last.is_file() else checkpoint).get("seconds", 0.0)
+    about = describe(bundle, checkpoint, config, float(seconds))
     return report, about
 
 
@@ -109,10 +111,11 @@ def evaluate(config: Config) -> None:
     report, about = launch(evaluate_checkpoint, config.distributed, config, checkpoint)
     if not is_main_process():
         return
-    run = checkpoint.parent.name if config.checkpoint else config.run.name
-    path = report_path(Path(config.run.logs_dir) / run, config)
+    path = report_path(logs_path(config), config)
     write_report(path, report, **about)
-    what = f"{checkpoint} on {about['data']}/{about['split']}: {report.images} images, "
-    note = f"{report.captions} captions; brackets: 95 % bootstrap intervals over images"
-    output.print(report_table(report, what + note))
+    say(
+        f"{checkpoint} on {about['data']}/{about['split']}: {report.images} images, "
+        f"{report.captions} captions; brackets: 95 % bootstrap intervals over images"
+    )
+    print_table(report_table(report))
     log.info("written to %s", path)

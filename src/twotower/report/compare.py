@@ -6,23 +6,24 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from twotower.config import Config, ConfigError
-from twotower.console import output
+from twotower.console import print_table, say
 from twotower.metrics import KS
 
 log = logging.getLogger(__name__)
 
-DIRECTIONS = {"text_to_image": "text->image", "image_to_text": "image->text"}
+DIRECTIONS = {"text_to_image": "t->i", "image_to_text": "i->t"}
 HEADINGS = (
+    "run",
     "variant",
     "parameters",
-    "measured on",
-    *(f"{short} R@{k} %" for short in DIRECTIONS.values() for k in KS),
+    *(f"{short} R@{k}" for short in DIRECTIONS.values() for k in KS),
     "seconds",
 )
 
@@ -35,6 +36,13 @@ class Entry:
     report: dict[str, Any]
 
     @property
+    def where(self) -> str:
+        """What was measured on; only entries of the same are comparable."""
+        report = self.report
+        images, captions = report["images"], report["captions"]
+        return f"{report['data']}/{report['split']}: {images:,} images, {captions:,} captions"
+
+    @property
     def mean_recall(self) -> float:
         """What the table is sorted by."""
         return float(self.report["metrics"]["mean_recall"])
@@ -43,9 +51,9 @@ class Entry:
         """The row of the table, under `HEADINGS`."""
         report = self.report
         recalls = [self._recall(f"{way}_R@{k}") for way in DIRECTIONS for k in KS]
-        where = f"{report['images']} {report['data']}/{report['split']} images"
         seconds = f"{report['train_seconds']:.0f}"
-        return [report["variant"], f"{report['parameters'] / 1e6:.1f} M", where, *recalls, seconds]
+        size = f"{report['parameters'] / 1e6:.1f} M"
+        return [self.run, report["variant"], size, *recalls, seconds]
 
     def _recall(self, name: str) -> str:
         value = f"{self.report['metrics'][name]:.1f}"
@@ -69,25 +77,23 @@ def read_entries(logs: Path, runs: Iterable[str] = ()) -> list[Entry]:
             f"no measurement of {what} in {logs}; run `twotower evaluate` on it first"
         )
     chosen = [entry for entry in entries if not wanted or entry.run in wanted]
-    return sorted(
-        chosen,
-        key=lambda e: (e.report["data"], e.report["images"], e.report["split"], -e.mean_recall),
-    )
+    return sorted(chosen, key=lambda entry: (entry.where, -entry.mean_recall))
 
 
-def text_table(entries: Iterable[Entry]) -> Table:
-    """The table for the terminal."""
-    table = Table(title="brackets: 95 % bootstrap interval over images", title_justify="left")
+def text_table(where: str, entries: Iterable[Entry]) -> Table:
+    """A table for the terminal, of what was measured on the same images."""
+    table = Table(title=where, title_justify="left")
     for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index in (0, 2) else "right")
+        table.add_column(heading, justify="left" if index < 2 else "right")
     for entry in entries:
         table.add_row(*entry.cells())
     return table
 
 
-def markdown_table(entries: Iterable[Entry]) -> str:
+def markdown_table(where: str, entries: Iterable[Entry]) -> str:
     """The same as Markdown."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
+    lines = [f"### {where}", "", "| " + " | ".join(HEADINGS) + " |"]
+    lines.append("|" + " --- |" * len(HEADINGS))
     lines += ["| " + " | ".join(entry.cells()) + " |" for entry in entries]
     return "\n".join(lines) + "\n"
 
@@ -110,9 +116,13 @@ def compare(config: Config) -> None:
     """
     logs = Path(config.run.logs_dir)
     entries = read_entries(logs, config.report.runs)
-    output.print(text_table(entries), soft_wrap=True)
+    tables = {where: list(group) for where, group in groupby(entries, lambda entry: entry.where)}
+    for where, group in tables.items():
+        print_table(text_table(where, group))
+    say("Recalls in percent; brackets are 95 % bootstrap intervals over images.")
     path = logs / "comparison.md"
-    path.write_text(markdown_table(entries), encoding="utf-8")
+    markdown = "\n".join(markdown_table(where, group) for where, group in tables.items())
+    path.write_text(markdown, encoding="utf-8")
     found = {"best": best_checkpoints(entries), "runs": [e.report for e in entries]}
     path.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     log.info("written to %s", path)

@@ -20,7 +20,7 @@ from twotower.retrieval.build import build_index, gather, sample_positions
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import FloatArray, IdArray, SearchResult, VectorIndex
-from twotower.runs import RunPaths, store_path
+from twotower.runs import logs_path, store_path
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def benchmark_store(config: Config) -> None:
         config.benchmark,
         config.index,
     )
-    folder = Path(config.benchmark.output or RunPaths.of(config).logs / "benchmark")
+    folder = Path(config.benchmark.output or logs_path(config) / "benchmark")
     report(rows, about, folder)
 
 

@@ -18,9 +18,8 @@ from rich.text import Text
 
 from twotower.checkpoint.atomic import replacing
 from twotower.config import ConfigError
-from twotower.console import say
+from twotower.console import print_table, say
 from twotower.retrieval.faiss_index import import_faiss
-from twotower.retrieval.tables import print_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

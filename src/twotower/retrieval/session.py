@@ -17,15 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from twotower.config import Config, ConfigError, FreeText
-from twotower.console import say
+from twotower.console import print_table, say
 from twotower.distributed import resolve_device
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index
 from twotower.retrieval.grid import picture_name, write_grid
 from twotower.retrieval.searcher import Hit, Searcher, check_text
-from twotower.retrieval.tables import print_table
-from twotower.runs import RunPaths, store_path
+from twotower.runs import logs_path, store_path
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ def show(hits: Sequence[Hit], query: str, config: Config) -> None:
     print_hits(hits)
     if not config.search.grid:
         return
-    folder = Path(config.search.output or RunPaths.of(config).logs / "search")
+    folder = Path(config.search.output or logs_path(config) / "search")
     path = folder / picture_name(query)
     write_grid(hits, query, path)
     say(str(path))

@@ -32,7 +32,7 @@ from twotower.models.huggingface_text import HuggingFaceText
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 16  # on CPUs: larger batches leave the cache and run at half the rate
+BATCH_ROWS = 32
 GPU_BATCH_ROWS = 256
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -132,9 +133,11 @@ def train_on_rank(config: Config) -> str:
     decision = broadcast_object(begin(config) if is_main_process() else "")
     if decision == "reuse":
         return decision
+    start = time.monotonic()
     trainer = build_trainer(config)
     if decision == "resume":
         trainer.resume()
+    trainer.state.seconds += time.monotonic() - start
     state = trainer.run()
     # The report is of the best weights, which need not be the last.
     paths = RunPaths.of(config)
