@@ -28,9 +28,11 @@ if [ ! -e logs/$pretrained/evaluate/openmoji-train-175.json ]; then
 fi
 
 step "openai_finetune: fine-tuning in OpenAI's format"
-weights=${TWOTOWER_OPENAI_WEIGHTS:-${XDG_CACHE_HOME:-$HOME/.cache}/twotower/openai/ViT-B-32.pt}
+weights=${TWOTOWER_OPENAI_WEIGHTS:-$HOME/.cache/clip/ViT-B-32.pt}
+settings=(train.epochs=5)
 if [ -e "$weights" ]; then
-  echo "starting from OpenAI's weights in $weights"
+  echo "starting from OpenAI's weights in $weights; one epoch of so large a model on a CPU takes minutes"
+  settings=(train.epochs=1)
 else
   weights=models/$pretrained/openai.pt
   echo "OpenAI's weights are not at hand, so it starts from openai_pretrain's export, $weights"
@@ -38,7 +40,7 @@ else
     twotower export checkpoint=models/$pretrained/best.safetensors path="$weights"
   fi
 fi
-twotower train experiment=quickstart_openai_finetune model.weights="$weights"
+twotower train experiment=quickstart_openai_finetune model.weights="$weights" "${settings[@]}"
 
 step "which variant wins"
 twotower compare

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -244,6 +245,7 @@ def launch(fn: Callable[..., T], config: DistributedConfig, *args: Any) -> T:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=config.nproc_per_node,
+        run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

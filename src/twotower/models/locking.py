@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from twotower.config import BatchNorm, ConfigError
+from twotower.distributed import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,11 @@ def apply_batch_norm_policy(model: nn.Module, policy: BatchNorm, world_size: int
         for parent, name in norms:
             keep_in_evaluation(getattr(parent, name))
     elif world_size > 1 and policy is BatchNorm.local:
-        log.warning(
-            "model.batch_norm=local: each of %d ranks normalises by its own part of the batch",
-            world_size,
-        )
+        if is_main_process():
+            log.warning(
+                "model.batch_norm=local: each of %d ranks normalises by its own part of the batch",
+                world_size,
+            )
     elif world_size > 1:
         _synchronise(norms)
 
