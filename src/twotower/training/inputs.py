@@ -50,7 +50,7 @@ def prepare_inputs(
     Raises:
         ConfigError: nothing is left to train, or no picture can be read.
     """
-    model = bundle.model.to(device=device, memory_format=torch.channels_last)
+    model = bundle.model.to(device).to(memory_format=torch.channels_last)
     image_tower, text_tower = model.image_tower, model.text_tower
     train: ImageTextDataset
     val_images: Dataset[Tensor | None]
