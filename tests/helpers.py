@@ -78,8 +78,14 @@ class MeanText(nn.Module):
         return self.embedding(tokens).sum(1) / count
 
 
+def tiny_head(dim: int, dropout: float) -> nn.Module:
+    """A linear head, with dropout before it if asked."""
+    linear = nn.Linear(24, dim)
+    return nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear
+
+
 def tiny_bundle(
-    seed: int = 0, dim: int = 12, size: int = 16, *, locked: bool = False
+    seed: int = 0, dim: int = 12, size: int = 16, *, locked: bool = False, dropout: float = 0.0
 ) -> ModelBundle:
     """A dual encoder of a few thousand parameters, built in milliseconds."""
     torch.manual_seed(seed)
@@ -89,8 +95,8 @@ def tiny_bundle(
     )
     text_trunk = MeanText(tokenizer.vocab_size, 24)
     model = DualEncoder(
-        Tower(image_trunk, nn.Linear(24, dim), locked=locked),
-        Tower(text_trunk, nn.Linear(24, dim), locked=locked),
+        Tower(image_trunk, tiny_head(dim, dropout), locked=locked),
+        Tower(text_trunk, tiny_head(dim, dropout), locked=locked),
     )
     transform = SquareTransform(size)
     return ModelBundle(

@@ -1,14 +1,16 @@
 """Composing, checking, naming: what Hydra lets through and what it must not."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from twotower.config import Config, ConfigError, from_plain, to_plain
+from twotower.config import Config, ConfigError, ModelConfig, from_plain, to_plain
 from twotower.data import DATASETS
-from twotower.hydra_app import compose
+from twotower.hydra_app import compose, refusal
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
 
@@ -23,7 +25,7 @@ OPTIONS = [
 ]
 
 
-def refusal(*overrides):
+def refused(*overrides):
     with pytest.raises(ConfigError) as error:
         compose(list(overrides))
     text = str(error.value)
@@ -56,9 +58,9 @@ def test_every_registered_choice_has_an_option_of_its_name(group):
 def test_a_mistyped_key_is_refused_with_the_right_one():
     expected = "no such config key: train.lrr; did you mean train.lr?"
     for prefix in ("", "+", "++"):
-        assert refusal(f"{prefix}train.lrr=1") == expected
-    assert refusal("+trian.lr=1").startswith("no such config key: trian")
-    assert refusal("+nonsense=1") == "no such config key: nonsense"
+        assert refused(f"{prefix}train.lrr=1") == expected
+    assert refused("+trian.lr=1").startswith("no such config key: trian")
+    assert refused("+nonsense=1") == "no such config key: nonsense"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,16 @@ def test_a_mistyped_key_is_refused_with_the_right_one():
         ),
         ("benchmark.queries=[1,0]", "benchmark.queries must be at least 1, not 0"),
         ("seed=-2", "seed must be at least 0, not -2"),
+        ("seed=4294967296", "seed must be at most 4294967295, not 4294967296"),
+        (
+            "distributed.timeout_minutes=1e9",
+            "distributed.timeout_minutes must be at most 1000000, not 1000000000.0",
+        ),
+        ("benchmark.queries=[]", "benchmark.queries is empty; give at least one, as in queries="),
+        ("benchmark.indexes=[]", "benchmark.indexes is empty; give at least one, as in indexes="),
+        ("run.name=", "run.name must be the name of one folder, without a slash, not ''; "),
+        ("run.name=..", "run.name must be the name of one folder, without a slash, not '..'; "),
+        ("run.name=a/b", "run.name must be the name of one folder, without a slash, not 'a/b'; "),
         (
             "model=bert_resnt",
             "could not find 'model/bert_resnt'; available options in 'model': bert",
@@ -82,7 +94,7 @@ def test_a_mistyped_key_is_refused_with_the_right_one():
     ],
 )
 def test_a_wrong_value_is_one_sentence(override, expected):
-    assert expected in refusal(override)
+    assert expected in refused(override)
 
 
 def test_a_run_is_named_after_what_decides_its_result():
@@ -108,3 +120,95 @@ def test_the_command_line_says_it_in_one_sentence(tmp_path, bad):
     assert result.returncode == 1
     assert result.stderr.startswith("twotower: ") and result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_the_seed_of_the_splits_is_bounded_as_the_other_seeds():
+    assert refused("data=flickr8k", "data.split_seed=4294967296") == (
+        "data.split_seed must be at most 4294967295, not 4294967296"
+    )
+
+
+def test_what_a_newer_version_wrote_is_refused_with_a_sentence():
+    with pytest.raises(ConfigError) as error:
+        from_plain(ModelConfig, {"batch_norm": "group"})
+    assert str(error.value) == (
+        "model.batch_norm=group is not known to this version of twotower, "
+        "which knows frozen, sync, local"
+    )
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "logs/a"), "logs/a: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.json"), "x.json: No space left on"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write: No space left on device"),
+        (
+            caused(ValueError("no handler"), IsADirectoryError(21, "Is a directory", "a.log")),
+            "a.log",
+        ),
+        (OSError("libgomp.so.1: cannot open shared object file"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), None),
+        (KeyError("x"), None),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_told_from_a_fault_of_the_program(error, sentence):
+    mistake = refusal(error)
+    assert (mistake is None) == (sentence is None)
+    if mistake is not None:
+        assert sentence in str(mistake)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["train", "run.logs_dir=afile", "run.name=r"],
+            "twotower: cannot write or read afile/r/train: Not a directory\n",
+        ),
+        (
+            ["train", "-m", "run.logs_dir=afile"],
+            "twotower: cannot write or read afile: File exists\n",
+        ),
+        (
+            ["train", "run.name=../other"],
+            "twotower: run.name must be the name of one folder, without a slash, "
+            "not '../other'; run.models_dir and run.logs_dir say where it lies\n",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_made_get_one_sentence(tmp_path, arguments, sentence):
+    (tmp_path / "afile").touch()
+    result = run_cli(*arguments, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (1, sentence)
+    assert os.listdir(tmp_path) == ["afile"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prepare", "data=manifest"],
+        ["compare"],
+        ["export", "path=a.pt", "checkpoint=models/r/best.safetensors"],
+        ["info"],
+    ],
+)
+def test_commands_without_a_run_leave_no_folder(tmp_path, arguments):
+    result = run_cli(*arguments, folder=tmp_path)
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1
+    assert result.returncode == (arguments != ["info"])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "encode", "search", "benchmark"])
+def test_a_command_logs_beside_the_run_whose_checkpoint_it_is_given(tmp_path, command):
+    key = "store=models/r/store" if command in ("search", "benchmark") else ""
+    given = key or "checkpoint=models/r/best.safetensors"
+    assert run_cli(command, given, folder=tmp_path).returncode == 1
+    assert os.listdir(tmp_path / "logs") == ["r"]
+    assert (tmp_path / "logs" / "r" / command / f"{command}.log").is_file()

@@ -76,3 +76,11 @@ def test_intervals_resample_images_with_all_their_captions():
     assert low < 100 * share < high
     assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
     assert intervals["text_to_image_R@1"] == intervals["image_to_text_R@1"]
+
+
+def test_broken_features_rank_last():
+    images, texts, owner = torch.eye(4), torch.eye(4), torch.arange(4)
+    texts[1] = torch.nan
+    to_image = metrics.text_to_image_ranks(images, texts, owner)
+    assert to_image.tolist() == [1, 5, 1, 1]
+    assert metrics.image_to_text_ranks(torch.full((4, 4), torch.nan), texts, owner).min() > 4

@@ -17,6 +17,7 @@ NUMBERED = {
     "2_encode.sh": ["encode"],
     "3_search.sh": ["search"],
     "4_benchmark.sh": ["benchmark"],
+    "5_compare.sh": ["compare"],
 }
 
 # Answers what the scripts ask of `python3`; `pip install` fails while the file `broken` exists.

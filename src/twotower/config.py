@@ -14,6 +14,8 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 T = TypeVar("T")
 
+MAX_SEED = 2**32 - 1  # the largest that every library takes
+
 
 class ConfigError(Exception):
     """A mistake of the user's: printed as one sentence, exit code 1, no traceback."""
@@ -86,6 +88,11 @@ def setting(
     return made  # type: ignore[no-any-return]
 
 
+def plain_number(value: float) -> str:
+    """A bound as a person writes it: a whole number with all its digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "gt": ("greater than", lambda value, bound: value > bound),
     "ge": ("at least", lambda value, bound: value >= bound),
@@ -113,7 +120,9 @@ class Section:
                 for item in values:
                     if not holds(item, bound):
                         key = f"{self.section}.{field.name}"
-                        raise ConfigError(f"{key} must be {words} {bound:g}, not {item}")
+                        raise ConfigError(
+                            f"{key} must be {words} {plain_number(bound)}, not {item}"
+                        )
 
 
 @dataclass(kw_only=True)
@@ -155,6 +164,19 @@ class IndexConfig(Choice):
     metric: Metric = setting(Metric.cosine, "cosine, or ip for the plain inner product")
 
 
+def check_run_name(name: str) -> None:
+    """Make sure that a name is one folder below another.
+
+    Raises:
+        ConfigError: it is empty, has a slash in it, or means the folder itself or the one above.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ConfigError(
+            f"run.name must be the name of one folder, without a slash, not {name!r}; "
+            "run.models_dir and run.logs_dir say where it lies"
+        )
+
+
 @dataclass(kw_only=True)
 class RunConfig(Section):
     """Where everything of a run is kept."""
@@ -168,6 +190,10 @@ class RunConfig(Section):
     models_dir: str = setting("models", "folder of checkpoints and stores")
     logs_dir: str = setting("logs", "folder of logs, metrics and figures")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_run_name(self.name)
+
 
 @dataclass(kw_only=True)
 class DistributedConfig(Section):
@@ -180,7 +206,9 @@ class DistributedConfig(Section):
     )
     device: Device = setting(Device.auto, "auto, cpu or cuda")
     num_threads: int = setting(0, "CPU threads a process; 0 shares the cores out evenly", ge=0)
-    timeout_minutes: float = setting(30.0, "minutes that a collective may wait for a rank", gt=0)
+    timeout_minutes: float = setting(
+        30.0, "minutes that a collective may wait for a rank", gt=0, le=1_000_000
+    )
     oversubscribe: bool = setting(False, "allow more processes than the machine has cores or GPUs")
 
 
@@ -288,6 +316,14 @@ class BenchmarkConfig(Section):
         "", "folder of the tables and the plot; by default logs/<run.name>/benchmark"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, example in (("indexes", "[exact,HNSW32]"), ("queries", "[1,16]")):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"benchmark.{name} is empty; give at least one, as in {name}={example}"
+                )
+
 
 @dataclass(kw_only=True)
 class ReportConfig(Section):
@@ -320,6 +356,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, not {self.seed}")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed must be at most {MAX_SEED}, not {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +384,7 @@ def from_plain(config_class: type[SectionT], plain: dict[str, Any]) -> SectionT:
     """The section that `to_plain` wrote.
 
     Raises:
-        ConfigError: a key that the class does not have, or a value outside its bounds.
+        ConfigError: a key or a name that the class does not have, or a value outside its bounds.
     """
     hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
@@ -356,6 +394,12 @@ def from_plain(config_class: type[SectionT], plain: dict[str, Any]) -> SectionT:
                 f"{config_class.section}.{key} is not known to this version of twotower"
             )
         hint = hints[key]
-        is_enum = isinstance(hint, type) and issubclass(hint, enum.Enum)
-        values[key] = hint[value] if is_enum else value
+        if isinstance(hint, type) and issubclass(hint, enum.Enum):
+            if value not in hint.__members__:
+                raise ConfigError(
+                    f"{config_class.section}.{key}={value} is not known to this version of "
+                    f"twotower, which knows {', '.join(hint.__members__)}"
+                )
+            value = hint[value]
+        values[key] = value
     return config_class(**values)

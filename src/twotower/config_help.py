@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any, get_args, get_type_hints
 
-from twotower.config import Choice, Config
+from twotower.config import Choice, Config, plain_number
 from twotower.data import DATASETS
 from twotower.models import MODELS
 from twotower.registry import Registry
@@ -46,11 +46,11 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "train": ("model", "data", "train", "evaluate", "distributed", "run"),
     "evaluate": ("data", "evaluate", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
-    "search": ("index", "search", "run"),
-    "benchmark": ("index", "benchmark", "run"),
+    "search": ("index", "search", "distributed", "run"),
+    "benchmark": ("index", "benchmark", "distributed", "run"),
     "compare": ("report", "run"),
     "export": ("run",),
-    "info": (),
+    "info": ("run",),
 }
 
 SWEPT = ("train", "evaluate", "encode", "benchmark")
@@ -65,8 +65,6 @@ def command_help(name: str) -> str:
         KeyError: no such command.
     """
     sections = SECTIONS[name]
-    if not sections:
-        return f"usage: twotower {name}\n\nIt has no settings."
     parts = [f"usage: twotower {name} [key=value ...]"]
     if name in WORDS:
         parts.append(_table("words of its own:", WORDS[name].items()))
@@ -161,7 +159,7 @@ def _fields(
             continue
         facts = [_kind(hints[field.name])]
         bounds: Mapping[str, float] = field.metadata.get("bounds", {})
-        facts += [f"{_BOUND_WORDS[kind]} {bound:g}" for kind, bound in bounds.items()]
+        facts += [f"{_BOUND_WORDS[kind]} {plain_number(bound)}" for kind, bound in bounds.items()]
         meaning = field.metadata.get("meaning", "")
         rows.append((f"{prefix}{field.name}={_default(field)}", f"{meaning} ({', '.join(facts)})"))
     return rows

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import multiprocessing
 import os
-import signal
+import tempfile
+import time
+import traceback
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from twotower.allocator import keep_freed_memory
 from twotower.config import ConfigError, Device, DistributedConfig
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-
-_REFUSED = "twotower-config-error: "
+SECONDS_TO_SAVE = 600
 
 
 class Stopped(Exception):
@@ -85,6 +85,23 @@ def broadcast_object(item: T) -> T:
     return items[0]  # type: ignore[no-any-return]
 
 
+def on_main(fn: Callable[..., T], *args: Any) -> T:
+    """Run `fn(*args)` on the first rank; every rank gets its result, or raises its `ConfigError`.
+
+    So a refusal ends all ranks with the same sentence instead of leaving them in a collective.
+    """
+    outcome: tuple[bool, Any] = (True, None)
+    if is_main_process():
+        try:
+            outcome = (True, fn(*args))
+        except ConfigError as error:
+            outcome = (False, str(error))
+    agreed, value = broadcast_object(outcome)
+    if not agreed:
+        raise ConfigError(value)
+    return value  # type: ignore[no-any-return]
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -96,7 +113,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # Every rank's loss depends on every rank's features, so the gradients add up over the
         # ranks.
-        total = grad.contiguous()
+        total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
 
@@ -131,13 +148,12 @@ def resolve_device(config: DistributedConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def check_processes(config: DistributedConfig) -> None:
+def check_processes(config: DistributedConfig, wanted: int) -> None:
     """Refuse more processes than the machine can run.
 
     Raises:
         ConfigError: more processes than GPUs, or than cores where the work runs on CPUs.
     """
-    wanted = config.nproc_per_node
     on_gpus = config.device is not Device.cpu and torch.cuda.is_available()
     count = torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0))
     if wanted > count and not config.oversubscribe:
@@ -148,33 +164,22 @@ def check_processes(config: DistributedConfig) -> None:
         )
 
 
-def _keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, for the next layer of the same size.
-
-    By default glibc gives each activation's pages back and faults them in anew, which takes half
-    of the time of a convolutional tower on CPUs. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
 def _prepare_process(config: DistributedConfig) -> None:
     if resolve_device(config).type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     share = max(1, len(os.sched_getaffinity(0)) // local_world)
     torch.set_num_threads(config.num_threads or share)
 
 
 def _rank_main(
-    fn: Callable[..., T], config: DistributedConfig, log_file: str, args: tuple[Any, ...]
-) -> T | Stopped:
+    fn: Callable[..., T], config: DistributedConfig, log_file: str, notes: str, args: Any
+) -> T:
     """One rank's life: process group, threads, log, the work, and a clean end."""
     from twotower.console import ConsoleHandler
 
     _prepare_process(config)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     device = resolve_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -195,16 +200,40 @@ def _rank_main(
         timeout=timedelta(minutes=config.timeout_minutes),
     )
     try:
-        return fn(*args)
-    except Stopped as stopped:
-        if multiprocessing.parent_process() is not None:
-            # The launcher that told this rank to stop waits for its end, not for its result.
-            raise SystemExit(128 + stopped.signal) from None
-        return stopped
-    except ConfigError as error:
-        raise RuntimeError(f"{_REFUSED}{error}") from error
-    finally:
-        dist.destroy_process_group()
+        result = fn(*args)
+    except Exception as error:
+        if notes:
+            _leave_note(Path(notes), error)
+            if isinstance(error, Stopped):
+                # The launcher that told this rank to stop waits for its end, not its result.
+                raise SystemExit(128 + error.signal) from None
+        # The group is left to the end of the process: its end brings the other ranks down.
+        raise
+    dist.destroy_process_group()
+    return result
+
+
+def _leave_note(folder: Path, error: Exception) -> None:
+    """Write down why this rank ends, before its end makes the others fail as well."""
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, Stopped):
+        text = error.saved
+    elif not isinstance(error, ConfigError):
+        text = "".join(traceback.format_exception(error))
+    note = {"rank": rank(), "kind": kind, "text": text, "signal": getattr(error, "signal", 0)}
+    (folder / f"{time.time_ns()}-{rank()}.json").write_text(json.dumps(note))
+
+
+def _first_note(folder: Path) -> Exception | None:
+    """The reason of the rank that ended first."""
+    for path in sorted(folder.glob("*.json")):
+        note = json.loads(path.read_text())
+        if note["kind"] == ConfigError.__name__:
+            return ConfigError(note["text"])
+        if note["kind"] == Stopped.__name__:
+            return Stopped(note["signal"], note["text"])
+        return RuntimeError(f"rank {note['rank']} failed:\n{note['text']}")
+    return None
 
 
 def _log_file() -> str:
@@ -227,13 +256,10 @@ def launch(fn: Callable[..., T], config: DistributedConfig, *args: Any) -> T:
         RuntimeError: a rank failed; the message holds its traceback.
     """
     if under_torchrun():
-        try:
-            return _unless_stopped(_rank_main(fn, config, "", args))  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from None
-            raise
-    check_processes(config)
+        if config.device is not Device.cpu and torch.cuda.is_available():
+            check_processes(config, int(os.environ["LOCAL_WORLD_SIZE"]))
+        return _rank_main(fn, config, "", "", args)
+    check_processes(config, config.nproc_per_node)
     if config.nproc_per_node == 1:
         _prepare_process(config)
         return fn(*args)
@@ -251,34 +277,24 @@ def launch(fn: Callable[..., T], config: DistributedConfig, *args: Any) -> T:
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",
+        **_patience(LaunchConfig),
     )
-    try:
-        results = elastic_launch(launch_config, _rank_main)(fn, config, _log_file(), args)
-    except ChildFailedError as error:
-        raise _first_failure(error) from None
-    except SignalException as error:
-        raise Stopped(error.sigval, "the ranks were told to save and stop") from None
-    return _unless_stopped(results[0])  # type: ignore[no-any-return]
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as notes:
+        try:
+            start = elastic_launch(launch_config, _rank_main)
+            results = start(fn, config, _log_file(), notes, args)
+        except ChildFailedError as error:
+            number, failure = error.get_first_failure()
+            unknown = RuntimeError(f"rank {number} died with exit code {failure.exitcode}")
+            raise _first_note(Path(notes)) or unknown from None
+        except SignalException as error:
+            untold = Stopped(error.sigval, "the ranks had the time to save")
+            raise _first_note(Path(notes)) or untold from None
+    return results[0]  # type: ignore[no-any-return]
 
 
-def _unless_stopped(result: Any) -> Any:
-    if isinstance(result, Stopped):
-        raise result
-    return result
-
-
-def _first_failure(error: Any) -> Exception:
-    """The error of the rank that failed first, with its own traceback or sentence."""
-    failed_rank, failure = error.get_first_failure()
-    if failure.exitcode - 128 in (signal.SIGINT, signal.SIGTERM):
-        return Stopped(failure.exitcode - 128, f"rank {failed_rank} was told to save and stop")
-    text = str(failure.message)
-    try:
-        with open(failure.error_file) as file:
-            message = json.load(file)["message"]
-        text = message["extraInfo"]["py_callstack"] if isinstance(message, dict) else str(message)
-    except (OSError, ValueError, KeyError):
-        pass
-    if _REFUSED in text:
-        return ConfigError(text.rsplit(_REFUSED, 1)[1].split("\n")[0].strip())
-    return RuntimeError(f"rank {failed_rank} failed (exit code {failure.exitcode}):\n{text}")
+def _patience(launch_config: Any) -> dict[str, Any]:
+    """The time that ranks have to save after Ctrl-C, where torch lets it be said (else 30 s)."""
+    known = "shutdown_timeout" in launch_config.__dataclass_fields__
+    return {"shutdown_timeout": SECONDS_TO_SAVE} if known else {}

@@ -7,6 +7,7 @@ sentence.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -27,15 +28,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twotower.config import Config, ConfigError, FreeText, TrainConfig
+from twotower.config import Config, ConfigError, FreeText, TrainConfig, check_run_name
 from twotower.data import DATASETS
 from twotower.distributed import Stopped
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
+from twotower.runs import run_of
 
 log = logging.getLogger(__name__)
 
 Command = Callable[[Config, FreeText], None]
+
+# Commands that belong to no run keep no folder and no log; others log beside the run they work on.
+WITHOUT_RUN = ("prepare", "compare", "export", "info")
 
 
 def run_name(root: DictConfig) -> str:
@@ -50,6 +55,17 @@ def run_name(root: DictConfig) -> str:
         getattr(OmegaConf.get_type(root, key), "registered_name", "") for key in ("model", "data")
     ]
     return "-".join([*names, hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+def log_dir(root: DictConfig, command: str) -> str:
+    """`<run>/<command>`: where a command logs, by the run whose checkpoint or store it is given.
+
+    Raises:
+        ConfigError: the name of the run is no name of a folder.
+    """
+    check_run_name(root.run.name)
+    given = "" if command == "train" else root.checkpoint or root.store
+    return f"{run_of(given, root.run.name)}/{command}"
 
 
 def register_schemas(command: str) -> None:
@@ -68,6 +84,12 @@ def register_schemas(command: str) -> None:
         "twotower.run_name", lambda *, _root_: run_name(_root_), replace=True, use_cache=False
     )
     OmegaConf.register_new_resolver("twotower.command", lambda: command, replace=True)
+    OmegaConf.register_new_resolver(
+        "twotower.log_dir",
+        lambda *, _root_: log_dir(_root_, command),
+        replace=True,
+        use_cache=False,
+    )
 
 
 def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -169,14 +191,30 @@ def _refuse_sweep_under_torchrun(overrides: list[str]) -> None:
 
 
 def _without_traces(name: str) -> list[str]:
-    """Overrides that leave no folder and no log: for every rank but the first, and for `info`."""
+    """Overrides that leave no folder and no log: for other ranks and commands without a run."""
     if os.environ.get("RANK", "0") != "0":
         logging_off = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
         return [*logging_off, "hydra.output_subdir=null"]
-    if name == "info":
-        logging_off = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-        return [*logging_off, "hydra.output_subdir=null", "hydra.run.dir=."]
+    if name in WITHOUT_RUN:
+        nowhere = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.subdir=."]
+        return ["hydra/job_logging=console", *nowhere]
     return []
+
+
+def refusal(error: BaseException) -> ConfigError | None:
+    """The user's mistake behind an error: one in the config, or a place that cannot be used."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return cause
+        if isinstance(cause, OSError) and cause.filename is not None:
+            return ConfigError(f"cannot write or read {cause.filename}: {cause.strerror or cause}")
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return ConfigError(f"cannot write: {cause.strerror}")
+        # OmegaConf does not name the cause of what a resolver raised.
+        hidden = cause.__context__ if isinstance(cause, OmegaConfBaseException) else None
+        cause = cause.__cause__ or hidden
+    return None
 
 
 def _run_job(command: Command, composed: DictConfig, free_text: FreeText) -> None:
@@ -185,14 +223,15 @@ def _run_job(command: Command, composed: DictConfig, free_text: FreeText) -> Non
     try:
         command(to_config(composed), free_text)
     except Stopped as stopped:
-        _fail(f"stopped: {stopped.saved}; the same command goes on from there")
+        _fail(f"stopped: {stopped.saved}")
         sys.exit(128 + stopped.signal)
-    except ConfigError as error:
-        if alone:
-            sys.exit(_fail(str(error)))
-        log.error("twotower: %s", error)
-        raise
-    except Exception:
+    except Exception as error:
+        mistake = refusal(error)
+        if mistake is not None and alone:
+            sys.exit(_fail(str(mistake)))
+        if mistake is not None:
+            log.error("twotower: %s", mistake)
+            raise mistake from error
         log.exception("the command failed")
         if alone:
             sys.exit(1)
@@ -222,14 +261,14 @@ def run_command(name: str, command: Command, free: dict[str, str], overrides: li
     try:
         _refuse_sweep_under_torchrun(overrides)
         job()
-    except ConfigError as error:
-        return _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        return _fail(sentence(error))
     except KeyboardInterrupt:
         sys.stderr.write("\ntwotower: stopped\n")
         return 130
-    except Exception:
+    except Exception as error:
+        if (mistake := refusal(error)) is not None:
+            return _fail(str(mistake))
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            return _fail(sentence(error))
         traceback.print_exc()
         return 1
     return 0

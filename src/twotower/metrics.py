@@ -26,7 +26,7 @@ KS = (1, 5, 10)
 def _ranks(scores: Tensor, best: Tensor, column: Tensor) -> Tensor:
     """Ranks from 1 of the entry (best score, column) of each row of `scores` (b, n)."""
     columns = torch.arange(scores.shape[1], device=scores.device)
-    ahead = scores > best[:, None]
+    ahead = ~(scores <= best[:, None])  # a NaN is ahead of everything: broken features rank last
     ahead |= (scores == best[:, None]) & (columns < column[:, None])
     return ahead.sum(1) + 1
 

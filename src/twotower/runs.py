@@ -50,5 +50,9 @@ def store_path(config: Config) -> Path:
 def logs_path(config: Config) -> Path:
     """`logs/<run>` of the run whose checkpoint or store a command works with."""
     given = config.checkpoint or config.store
-    name = Path(given).absolute().parent.name if given else config.run.name
-    return Path(config.run.logs_dir) / name
+    return Path(config.run.logs_dir) / run_of(given, config.run.name)
+
+
+def run_of(given: str, name: str) -> str:
+    """The name of the run that a given checkpoint or store lies in; `name` if none is given."""
+    return (Path(given).absolute().parent.name if given else "") or name

@@ -139,10 +139,14 @@ def test_checkpoints_that_do_not_fit_get_a_sentence(bert: Path, tmp_path: Path) 
         ({"format": 2}, "holds variant 'bert_resnet' in format 2, which this version"),
         ({"variant": "siglip"}, "holds variant 'siglip' in format 1, which this version"),
         ({"model": {**header["model"], "new": 1}}, "model.new is not known to this version"),
+        ({"model": {**header["model"], "pooling": "max"}}, "model.pooling=max is not known to"),
     ]:
         save_file({"a": torch.ones(1)}, path, {"twotower": json.dumps(header | change)})
         with pytest.raises(ConfigError, match=sentence):
             load_bundle(path)
+        if "model" not in change:
+            with pytest.raises(ConfigError, match=sentence):
+                load_weights(path, bundle)
     with pytest.raises(ConfigError, match="no such checkpoint"):
         load_bundle(tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match="is a folder"):

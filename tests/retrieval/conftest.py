@@ -46,7 +46,7 @@ def any_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
     """30 pictures in shards of 8; the fifth picture is cut after it was encoded."""
-    root = tmp_path_factory.mktemp("run")
+    root = tmp_path_factory.mktemp("models") / "run"
     made = write_pictures(root / "pictures", COUNT)
     pairs = [
         Pair(path.name, CAPTIONS.get(row, caption), "train", f"id{row}")

@@ -88,6 +88,7 @@ class Recorder:
 
 def test_the_indexes_take_turns_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "CALLS", 2)
+    monkeypatch.setattr(benchmark, "LEAST_CALLS", 3)
     calls: list[tuple[str, int]] = []
     indexes: dict[str, VectorIndex] = {
         name: Recorder(name, calls)  # type: ignore[dict-item]
@@ -103,6 +104,30 @@ def test_the_indexes_take_turns_within_a_round(monkeypatch: pytest.MonkeyPatch) 
         ("a", 8): 3,
         ("b", 8): 3,
     }
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 5, 20, 50])
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_percentiles_are_from_twenty_calls_at_least(size: int, rounds: int) -> None:
+    calls: list[tuple[str, int]] = []
+    indexes: dict[str, VectorIndex] = {"a": Recorder("a", calls)}  # type: ignore[dict-item]
+    shape = section(rounds=rounds, queries=[size, size])
+    times = benchmark._time_rounds(indexes, some_rows(5), shape)
+    assert len(times["a", size]) == len(calls) - rounds >= 20
+    assert len(times["a", size]) % rounds == 0
+
+
+@pytest.mark.parametrize("name", ["exact", "IVF64,Flat"])
+def test_one_index_at_one_batch_size_is_a_benchmark(
+    name: str, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, benchmark=section(indexes=[name], queries=[3]))
+    command.run(config, FreeText())
+    folder = Path(config.run.logs_dir) / "run" / "benchmark"
+    _, row = [json.loads(line) for line in (folder / "benchmark.jsonl").open()]
+    assert (row["index"], row["queries"], row["calls"]) == (name, 3, 20 * (name == "exact"))
+    assert ("timed calls" in capsys.readouterr().out) == (name == "exact")
+    assert Image.open(folder / "benchmark.png").size[0] > 100
 
 
 def test_queries_are_captions_where_there_are_any(store: EmbeddingStore) -> None:
@@ -138,6 +163,7 @@ def test_prints_and_writes_table_lines_and_plot(
     assert about["faiss_blas_threshold"] > 0
     assert about["processor"] and about["numpy_blas"] and about["torch_blas"]
     assert [row["recall"] for row in rows] == [1.0, 1.0, None] * 2
+    assert [row["calls"] for row in rows] == [64, 64, 0, 20, 20, 0]
     printed, written = capsys.readouterr().out, (folder / "benchmark.md").read_text()
     for row in rows[:2]:
         for text in (printed, written):
@@ -147,6 +173,7 @@ def test_prints_and_writes_table_lines_and_plot(
         assert "IVF64,Flat: index.factory 'IVF64,Flat' needs at least 64 rows to train on" in text
         assert f"processor: {about['processor']}" in text
         assert "recall@5" in text
+        assert "timed calls of each index: 64 at Q=1, 20 at Q=300" in text
     assert str(folder / "benchmark.png") in printed
     assert Image.open(folder / "benchmark.png").size[0] > 500
 

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from tests.retrieval.conftest import COUNT
+from twotower import console
 from twotower.commands import search
 from twotower.config import Config, ConfigError, FreeText, SearchConfig
 from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval import session, tables
+from twotower.retrieval import session
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.session import checkpoint_of, print_hits, prompt
 
@@ -31,6 +32,8 @@ AS_TYPED = [
     "tab\there  two spaces",
     "\\[escaped]",
     "long " * 60 + "end",
+    "a dog " * 1666 + "runs",
+    "犬" * 10_000,
 ]
 
 
@@ -71,7 +74,7 @@ def test_on_a_terminal_the_table_keeps_to_its_width(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(tables, "output", Console(file=screen, force_terminal=True, width=70))
+    monkeypatch.setattr(console, "output", Console(file=screen, force_terminal=True, width=70))
     print_hits(session.open_searcher(config).search_texts(["a"], COUNT)[0])
     plain = Text.from_ansi(screen.getvalue())
     assert all(line.cell_len <= 70 for line in plain.split())

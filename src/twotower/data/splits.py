@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.config import DataConfig, setting
+from twotower.config import MAX_SEED, DataConfig, setting
 from twotower.data.pairs import PairTable
 
 
@@ -21,7 +21,7 @@ class SplitConfig(DataConfig):
     val_fraction: float = setting(
         0.1, "share of the images that validate, where the source has no splits", ge=0, lt=1
     )
-    split_seed: int = setting(0, "seed of that choice", ge=0)
+    split_seed: int = setting(0, "seed of that choice", ge=0, le=MAX_SEED)
 
 
 def hash_order(keys: Sequence[str], seed: int) -> npt.NDArray[np.int64]:

@@ -21,8 +21,8 @@ from twotower.console import ProgressLine, progress
 from twotower.data.pairs import PairTable
 from twotower.distributed import (
     Stopped,
-    broadcast_object,
     is_main_process,
+    on_main,
     rank,
     resolve_device,
     shard_range,
@@ -103,9 +103,7 @@ def run_export(job: ExportJob) -> ExportResult | None:
     encoder = Encoder.load(
         job.checkpoint, resolve_device(job.distributed), job.encode.precision, job.encode.batch_size
     )
-    begun = broadcast_object(_begin(job, encoder) if is_main_process() else None)
-    assert begun is not None
-    writer, missing = begun
+    writer, missing = on_main(_begin, job, encoder)
     plan = writer.plan
     started = time.monotonic()
     mine = [missing[place] for place in shard_range(len(missing), rank(), world_size())]

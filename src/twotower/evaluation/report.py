@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
+from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
 from twotower.config import Config
 from twotower.console import print_table, say
-from twotower.data.pairs import load_pairs
+from twotower.data.pairs import PairTable, load_pairs
 from twotower.distributed import is_main_process, launch, resolve_device
 from twotower.evaluation.retrieval import PictureInputs, RetrievalReport, measure_retrieval
 from twotower.metrics import KS
@@ -44,6 +46,25 @@ def report_table(report: RetrievalReport) -> Table:
     return table
 
 
+def measured_pairs(config: Config) -> PairTable:
+    """The images that the evaluate section measures on.
+
+    Raises:
+        ConfigError: the source or the split is missing, or has no captions.
+    """
+    pairs = load_pairs(config.data).split(config.evaluate.split).with_captions()
+    return pairs.head(config.evaluate.max_images)
+
+
+def data_fingerprint(pairs: PairTable) -> str:
+    """12 hex digits of SHA-256 over the images' file paths and captions, wherever they lie."""
+    digest = hashlib.sha256()
+    for batch in pairs.table.select(["filepath", "captions"]).to_batches(max_chunksize=10_000):
+        for row in batch.to_pylist():
+            digest.update(json.dumps([row["filepath"], row["captions"]]).encode() + b"\n")
+    return digest.hexdigest()[:12]
+
+
 def evaluate_checkpoint(config: Config, checkpoint: Path) -> tuple[RetrievalReport, dict[str, Any]]:
     """Measure a checkpoint on this rank's part of the split, and gather; every rank calls it.
 
@@ -55,8 +76,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> tuple[RetrievalRepo
     """
     device = resolve_device(config.distributed)
     bundle = load_bundle(checkpoint)
-    pairs = load_pairs(config.data).split(config.evaluate.split).with_captions()
-    pairs = pairs.head(config.evaluate.max_images)
+    pairs = measured_pairs(config)
     report = measure_retrieval(
         bundle.model.to(device),
         pairs,
@@ -68,14 +88,21 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> tuple[RetrievalRepo
     )
     last = checkpoint.with_name("last.safetensors")
     seconds = read_header(last if last.is_file() else checkpoint).get("seconds", 0.0)
-    about = describe(bundle, checkpoint, config, float(seconds))
+    about = describe(bundle, checkpoint, config, float(seconds), pairs)
     return report, about
 
 
 def describe(
-    bundle: ModelBundle, checkpoint: Path, config: Config, train_seconds: float
+    bundle: ModelBundle,
+    checkpoint: Path,
+    config: Config,
+    train_seconds: float,
+    pairs: PairTable | None = None,
 ) -> dict[str, Any]:
-    """What a report is about: variant, parameters, seconds of training, data, split."""
+    """What a report is about: variant, parameters, seconds of training, data, split.
+
+    `pairs` are the measured images; without them they are loaded anew, for their fingerprint.
+    """
     return {
         "checkpoint": str(checkpoint),
         "variant": bundle.config.registered_name,
@@ -83,6 +110,8 @@ def describe(
         "train_seconds": train_seconds,
         "data": config.data.registered_name,
         "split": config.evaluate.split or "all",
+        "max_images": config.evaluate.max_images,
+        "data_fingerprint": data_fingerprint(measured_pairs(config) if pairs is None else pairs),
     }
 
 
@@ -94,11 +123,15 @@ def report_path(logs: Path, config: Config) -> Path:
 
 
 def write_report(path: Path, report: RetrievalReport, **about: Any) -> None:
-    """Write a report and what it is about as JSON, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({**about, **report.to_json()}, indent=2) + "\n")
-    partial.replace(path)
+    """Write a report and what it is about as JSON, whole or not at all.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the disk is full.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(
+            json.dumps({**about, **report.to_json()}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def evaluate(config: Config) -> None:

@@ -94,6 +94,9 @@ def pair_features(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Unit-norm features of the readable images and of their captions, the same on every rank.
 
+    Raises:
+        ConfigError: no picture can be read.
+
     Returns:
         image features (N, D), caption features (C, D), rows of the captions' images (C,), and how
         many images could not be read: they and their captions are left out.
@@ -115,6 +118,8 @@ def pair_features(
                 encoded = model.encode_image(images.to(device, non_blocking=True), normalize=True)
             features.append(encoded.float().cpu())
     readable = [flag for part in all_gather_objects(readable) for flag in part]
+    if not any(readable):
+        raise ConfigError(f"{pairs.name}: no picture can be read, for example {pairs.path(0)}")
     image_features = torch.cat([f for part in all_gather_objects(features) for f in part])
     captions, owner = pairs.all_captions()
     kept_image = torch.tensor(readable)

@@ -84,6 +84,9 @@ class HuggingFaceText(nn.Module):
         weight = mask.unsqueeze(-1).to(features.dtype)
         return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
 
+    def extra_repr(self) -> str:
+        return f"pooling={self.pooling.name}, pad_id={self.pad_id}"
+
     def stages(self) -> list[list[nn.Parameter]]:
         """The parameters in the order of the forward pass: embeddings, then one stage a layer."""
         lists = [part for part in self.encoder.modules() if isinstance(part, nn.ModuleList)]
@@ -103,6 +106,8 @@ def load_text(
 ) -> tuple[HuggingFaceText, HuggingFaceTokenizer, dict[str, str]]:
     """A pretrained text trunk, its tokenizer, and the assets that `rebuild_text` needs.
 
+    Code that a folder brings (`auto_map`) is never run.
+
     Raises:
         ConfigError: no such folder, no network, no encoder, no padding token, or too long.
     """
@@ -115,9 +120,9 @@ def load_text(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         encoder, info = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-        fast = AutoTokenizer.from_pretrained(name)
+        fast = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # transformers raises OSError, ValueError, KeyError, ImportError and errors of its parts alike.
     except Exception as error:
         raise ConfigError(
@@ -148,7 +153,9 @@ def rebuild_text(
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.for_model(**json.loads(assets["text_config"]))
-    encoder = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    encoder = AutoModel.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32, trust_remote_code=False
+    )
     tokenizer = _tokenizer(assets, length)
     return _trunk(encoder, pooling, tokenizer.pad_id), tokenizer
 

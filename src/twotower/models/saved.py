@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +48,7 @@ def load_bundle(path: Path) -> ModelBundle:
         ConfigError: missing, truncated, not a checkpoint of twotower, or of a newer version.
     """
     header, weights = load_checkpoint(path)
-    _check(path, header)
+    _check(path, header, list(MODELS))
     config_class = cast(type[ModelConfig], MODELS.config_class(header["variant"]))
     config = from_plain(config_class, header["model"])
     bundle = MODELS.build(config, assets=header["assets"])
@@ -67,6 +67,7 @@ def load_weights(path: Path, bundle: ModelBundle) -> tuple[dict[str, Any], dict[
         ConfigError: as `load_bundle`, or the checkpoint is of another variant or of other sizes.
     """
     header, tensors = load_checkpoint(path)
+    _check(path, header, [header.get("variant")])
     wanted = bundle.config.registered_name
     if header["variant"] != wanted:
         raise ConfigError(
@@ -78,8 +79,8 @@ def load_weights(path: Path, bundle: ModelBundle) -> tuple[dict[str, Any], dict[
     return header, extra
 
 
-def _check(path: Path, header: dict[str, Any]) -> None:
-    if header.get("format") != FORMAT or header.get("variant") not in list(MODELS):
+def _check(path: Path, header: dict[str, Any], variants: Sequence[Any]) -> None:
+    if header.get("format") != FORMAT or header.get("variant") not in variants:
         raise ConfigError(
             f"{path} holds variant {header.get('variant')!r} in format {header.get('format')}, "
             "which this version of twotower does not know"

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 QUERY_POOL = 256  # distinct queries, at least, where the store has so many rows
 CALLS = 32  # searches a round at one query a call; larger batches get fewer, so that all take alike
+LEAST_CALLS = 20  # timed in all rounds, at least: a 95th percentile of fewer is their maximum
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Measurement:
     Attributes:
         index: `exact` or a FAISS factory string.
         queries: queries a call.
+        calls: timed calls, all rounds together.
         build_seconds: from the store's files to an index that can be searched, training included.
         queries_per_second: over all timed calls; p50_ms, p95_ms: time of a call in milliseconds.
         recall: share of the k rows found that are among the exact k best (see `recall_at_k`).
@@ -44,6 +46,7 @@ class Measurement:
 
     index: str
     queries: int
+    calls: int = 0
     build_seconds: float | None = None
     queries_per_second: float | None = None
     p50_ms: float | None = None
@@ -75,7 +78,7 @@ def benchmark_store(config: Config) -> None:
             f"benchmark.k is {config.benchmark.k}, but the store {store.folder} has {len(store)} "
             f"rows; use benchmark.k={len(store)} or less"
         )
-    queries, what = draw_queries(store, max(*config.benchmark.queries, QUERY_POOL), config.seed)
+    queries, what = draw_queries(store, max([QUERY_POOL, *config.benchmark.queries]), config.seed)
     about = {
         "store": str(store.folder),
         "rows": len(store),
@@ -137,7 +140,7 @@ def compare_indexes(
         _measurement(name, size, built[name], times[name, size])
         if name in built
         else Measurement(name, size, note=notes[name])
-        for size in config.queries
+        for size in dict.fromkeys(config.queries)
         for name in dict.fromkeys(config.indexes)
     ]
 
@@ -171,17 +174,21 @@ def _time_rounds(
     }
     with progress("benchmark", config.rounds, "rounds") as bar:
         for turn in range(config.rounds):
-            for size in config.queries:
+            for size in dict.fromkeys(config.queries):
                 for name, index in indexes.items():
-                    times[name, size] += _time_calls(index, queries, size, config.k, turn)
+                    calls = _calls_a_round(size, config.rounds)
+                    times[name, size] += _time_calls(index, queries, size, config.k, turn, calls)
             bar.advance()
     return times
 
 
+def _calls_a_round(size: int, rounds: int) -> int:
+    return max(CALLS // size, -(-LEAST_CALLS // rounds))
+
+
 def _time_calls(
-    index: VectorIndex, queries: FloatArray, size: int, k: int, turn: int
+    index: VectorIndex, queries: FloatArray, size: int, k: int, turn: int, calls: int
 ) -> list[float]:
-    calls = max(1, CALLS // size)
     index.search(np.resize(queries, (size, queries.shape[1])), k)  # its data into the caches again
     seconds = []
     for call in range(calls):
@@ -198,6 +205,7 @@ def _measurement(name: str, size: int, built: _Built, seconds: list[float]) -> M
     return Measurement(
         index=name,
         queries=size,
+        calls=len(seconds),
         build_seconds=built.seconds,
         queries_per_second=size * len(seconds) / sum(seconds),
         p50_ms=float(p50),

@@ -112,7 +112,11 @@ def cells(row: Measurement) -> list[str]:
 
 
 def _notes(rows: Sequence[Measurement]) -> list[str]:
-    return list(dict.fromkeys(f"{row.index}: {row.note}" for row in rows if row.note))
+    """How many calls the figures are from, and what could not be measured."""
+    calls = {row.queries: row.calls for row in rows if row.calls}
+    timed = ", ".join(f"{count} at Q={queries}" for queries, count in calls.items())
+    notes = [f"timed calls of each index: {timed}"] if timed else []
+    return notes + list(dict.fromkeys(f"{row.index}: {row.note}" for row in rows if row.note))
 
 
 def _print(headings: Sequence[str], rows: Sequence[Measurement]) -> None:
@@ -127,7 +131,7 @@ def _print(headings: Sequence[str], rows: Sequence[Measurement]) -> None:
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Measurement], about: Mapping[str, Any]) -> str:
-    """The table, what could not be measured, and the environment, as Markdown."""
+    """The table, the timed calls, what could not be measured, and the environment, as Markdown."""
     lines = [
         f"# Search over {about['rows']:,} x {about['dim']}, queries: {about['queries_are']}",
         "",
@@ -166,8 +170,8 @@ def _bars(panel: Axes, rows: Sequence[Measurement], k: int) -> None:
     colours = ["#2f6db5" if name == "exact" else "#b9c4d0" for name in names]
     panel.barh(names, rates, color=colours)
     panel.invert_yaxis()
-    panel.set_xscale("log")
-    if rates:
+    if rates:  # a logarithmic axis of nothing is an error
+        panel.set_xscale("log")
         panel.set_xlim(min(rates) / 3, max(rates) * 12)
     for place, row in enumerate(rows):
         panel.text(rates[place] * 1.1, place, f"{row.recall:.3f}", va="center", fontsize=8)

@@ -156,7 +156,8 @@ class FaissIndex:
 
     def write(self, file: Path) -> None:
         """Write FAISS's own file, which holds the ids too."""
-        self._faiss.write_index(self._index, str(file))
+        with self._sentence("cannot be written"):  # a full disk is a RuntimeError of FAISS
+            self._faiss.write_index(self._index, str(file))
 
     def read(self, file: Path) -> None:
         """Take over a file that `write` wrote."""

@@ -19,7 +19,7 @@ def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
     """Write an index to a folder, replacing the one that is there.
 
     The data file has a new name each time and the manifest, which names it, is replaced last: a
-    reader sees the old index or the new one. `fingerprint` says what the rows came from.
+    reader sees the old index or the new one. `fingerprint` says what it was made from.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -47,13 +47,12 @@ def load_index(folder: Path, fingerprint: str | None = None) -> VectorIndex:
     """The index that `save_index` wrote.
 
     Raises:
-        ConfigError: there is none, it is damaged, or it was made from rows of another fingerprint.
+        ConfigError: there is none, it is damaged, or it has another fingerprint.
     """
     manifest = _read_manifest(folder)
     if fingerprint is not None and fingerprint != manifest["fingerprint"]:
         raise ConfigError(
-            f"the index {folder} was built from other rows (fingerprint "
-            f"{manifest['fingerprint']!r}, not {fingerprint!r}); build it again"
+            f"the index {folder} was built from other rows or with other settings; build it again"
         )
     config_class = INDEXES.config_class(manifest["kind"])
     index = INDEXES.build(from_plain(config_class, manifest["config"]), manifest["dim"])

@@ -21,8 +21,8 @@ from twotower.console import print_table, say
 from twotower.distributed import resolve_device
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval.build import build_index
 from twotower.retrieval.grid import picture_name, write_grid
+from twotower.retrieval.kept import open_index
 from twotower.retrieval.searcher import Hit, Searcher, check_text
 from twotower.runs import logs_path, store_path
 
@@ -76,8 +76,7 @@ def open_searcher(config: Config) -> Searcher:
     checkpoint = checkpoint_of(store, config.checkpoint)
     # One query at a time, so no batch to pad.
     encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=1)
-    log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
-    return Searcher(encoder, store, build_index(config.index, store, seed=config.seed))
+    return Searcher(encoder, store, open_index(config.index, store, config.seed))
 
 
 def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from twotower.checkpoint.atomic import replacing
 from twotower.config import ConfigError, TrainConfig
 from twotower.console import progress
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample
@@ -67,7 +68,9 @@ def fingerprint(*parts: object) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            for name, tensor in part.state_dict().items():
+            digest.update(repr(part).encode())
+            # Not state_dict: buffers that are not saved (a normalisation's constants) count too.
+            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, Tensor):
@@ -93,10 +96,8 @@ def _kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
         return load_file(str(path))
     tensors = compute()
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, str(partial))
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, str(partial))
     return tensors
 
 
@@ -141,6 +142,7 @@ def image_features(
             batch_size=_batch_rows(device),
             num_workers=config.num_workers,
             collate_fn=list,
+            generator=torch.Generator(),  # a cold cache must not move the model's random state
         )
         features: list[Tensor] = []
         readable: list[Tensor] = []
@@ -176,7 +178,8 @@ def caption_features(
     trunk = bundle.model.text_tower.get_submodule("trunk").to(device).eval()
     # Captions of like length side by side, so that trimming the padding pays.
     unique = sorted(set(captions), key=lambda text: (len(text), text))
-    key = fingerprint("captions", trunk, config.precision, bundle.assets, unique)
+    length = bundle.tokenizer.context_length
+    key = fingerprint("captions", trunk, config.precision, bundle.assets, length, unique)
 
     def compute() -> dict[str, Tensor]:
         rows = shard_range(len(unique), rank(), world_size())

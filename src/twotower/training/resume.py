@@ -82,7 +82,9 @@ class StopRequest:
         self.signal = 0
 
     def remember(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """The signal handler; a second signal does not wait."""
+        if self.signal:
+            raise KeyboardInterrupt
         self.signal = number
 
     def agreed(self, also: bool) -> tuple[int, bool]:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
 from twotower.config import Config, ConfigError, to_plain
 from twotower.data.pairs import load_pairs
 from twotower.distributed import (
-    broadcast_object,
     is_main_process,
     launch,
+    on_main,
     rank,
     resolve_device,
     world_size,
@@ -29,6 +30,8 @@ from twotower.training.trainer import Trainer, recalls
 
 log = logging.getLogger(__name__)
 
+NOTE = "run.json"
+
 
 def asked_for(config: Config) -> dict[str, dict[str, object]]:
     """What decides a run's result, as JSON: the sections that the default name hashes."""
@@ -40,6 +43,7 @@ def asked_for(config: Config) -> dict[str, dict[str, object]]:
         "model.": {"variant": config.model.registered_name, **to_plain(config.model)},
         "data.": {"source": config.data.registered_name, **to_plain(config.data)},
         "train.": train,
+        "evaluate.": {"split": config.evaluate.split, "max_images": config.evaluate.max_images},
     }
 
 
@@ -50,10 +54,14 @@ def check_same_run(config: Config) -> None:
         ConfigError: it names the keys that differ.
     """
     paths = RunPaths.of(config)
-    note = paths.models / "run.json"
-    if not note.is_file():
-        return
-    theirs, ours = json.loads(note.read_text()), json.loads(json.dumps(asked_for(config)))
+    try:
+        theirs = json.loads((paths.models / NOTE).read_text())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{paths.models} holds checkpoints, but its {NOTE} is missing or damaged; choose "
+            "another run.name, or train.overwrite=true begins anew"
+        ) from None
+    ours = json.loads(json.dumps(asked_for(config)))
     changed = [
         f"{section}{key}"
         for section, values in ours.items()
@@ -67,34 +75,46 @@ def check_same_run(config: Config) -> None:
         )
 
 
-def begin(config: Config) -> str:
+def decide(config: Config) -> str:
     """What is to be done: `reuse` a finished run, `resume` one that was stopped, or `start`.
 
     Raises:
-        ConfigError: the folder holds another run, or cannot be written.
+        ConfigError: the folder holds another run, or an unfinished one that is not to go on.
     """
     paths = RunPaths.of(config)
-    if not config.train.overwrite:
-        check_same_run(config)
-        if paths.last.is_file():
-            if read_header(paths.last)["finished"]:
-                return "reuse"
-            if config.train.resume:
-                return "resume"
-            raise ConfigError(
-                f"{paths.models} holds an unfinished run; train.resume=true goes on with it, "
-                "train.overwrite=true begins anew"
-            )
+    if config.train.overwrite or not (paths.last.is_file() or paths.best.is_file()):
+        return "start"
+    check_same_run(config)
+    if not paths.last.is_file():
+        return "start"
+    if read_header(paths.last)["finished"]:
+        return "reuse"
+    if config.train.resume:
+        return "resume"
+    raise ConfigError(
+        f"{paths.models} holds an unfinished run; train.resume=true goes on with it, "
+        "train.overwrite=true begins anew"
+    )
+
+
+def clear(config: Config) -> None:
+    """Make room for a run that is ready to start: take away what an earlier one left.
+
+    Raises:
+        ConfigError: the folders cannot be written.
+    """
+    paths = RunPaths.of(config)
     try:
         paths.models.mkdir(parents=True, exist_ok=True)
         paths.logs.mkdir(parents=True, exist_ok=True)
         curves = [*paths.logs.glob("events.out.tfevents.*"), paths.logs / "metrics.jsonl"]
-        for old in (*curves, paths.last, paths.best):
+        reports = [*paths.logs.glob("evaluate/*.json")]
+        for old in (*curves, *reports, paths.last, paths.best):
             old.unlink(missing_ok=True)
-        (paths.models / "run.json").write_text(json.dumps(asked_for(config), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
-    return "start"
+    with replacing(paths.models / NOTE) as partial:
+        partial.write_text(json.dumps(asked_for(config), indent=2) + "\n")
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -129,23 +149,29 @@ def build_trainer(config: Config) -> Trainer:
 
 
 def train_on_rank(config: Config) -> str:
-    """A whole run on this rank; every rank calls it. Returns what `begin` decided."""
-    decision = broadcast_object(begin(config) if is_main_process() else "")
-    if decision == "reuse":
-        return decision
+    """A whole run on this rank; every rank calls it. Returns what `decide` decided."""
     start = time.monotonic()
+    paths = RunPaths.of(config)
+    report = report_path(paths.logs, config)
+    decision = on_main(decide, config)
+    if decision == "reuse" and on_main(report.is_file):
+        return decision
     trainer = build_trainer(config)
-    if decision == "resume":
+    if decision == "start":
+        on_main(clear, config)
+    elif decision == "resume":
         trainer.resume()
     trainer.state.seconds += time.monotonic() - start
-    state = trainer.run()
-    # The report is of the best weights, which need not be the last.
-    paths = RunPaths.of(config)
+    if decision != "reuse":
+        trainer.run()
+    # The report is of the best weights, which need not be the last. A finished run lacks it when
+    # it was killed here.
     load_weights(paths.best, trainer.bundle)
-    report = trainer.measure(config.evaluate.bootstrap)
+    measured = trainer.measure(config.evaluate.bootstrap)
     if is_main_process():
-        about = describe(trainer.bundle, paths.best, config, state.seconds)
-        write_report(report_path(paths.logs, config), report, **about)
+        seconds = float(read_header(paths.last)["seconds"])
+        about = describe(trainer.bundle, paths.best, config, seconds)
+        write_report(report, measured, **about)
     return decision
 
 

@@ -38,6 +38,7 @@ from twotower.training.sampler import GlobalBatchSampler, check_batch_size
 log = logging.getLogger(__name__)
 
 WATCHED = "mean_recall"
+AGREE_EVERY = 4  # steps between two questions among the ranks whether to save or stop
 
 
 class Trainer:
@@ -103,6 +104,7 @@ class Trainer:
             bar.skip(self.state.step * self.config.batch_size)
             self._clock = self._saved = time.monotonic()
             while True:
+                self.save_if_asked(stop)
                 if self.validation_is_due():
                     self.validate(writer)
                 if self.state.step >= self.total_steps:
@@ -176,16 +178,14 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"the loss is {value} at step {self.state.step + 1}; lower train.lr or use "
-                f"train.precision=fp32; the last good checkpoint is {self.paths.last}"
-            )
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.inputs.model.parameters(), limit)
+        scale = self.inputs.model.logit_scale.detach().exp()
+        # One wait for the device a step, before the weights change.
+        value, size, factor = torch.stack([loss.detach(), norm, scale]).tolist()
+        self.check_finite(value, size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.inputs.model.clamp_logit_scale()
@@ -193,9 +193,24 @@ class Trainer:
         return {
             "train/loss": value,
             "train/lr": rate,
-            "train/grad_norm": float(norm),
-            "train/logit_scale": float(self.inputs.model.logit_scale.detach().exp()),
+            "train/grad_norm": size,
+            "train/logit_scale": factor,
         }
+
+    def check_finite(self, loss: float, grad_norm: float) -> None:
+        """Stop before a step that would ruin the weights; the fp16 scaler skips its own.
+
+        Raises:
+            ConfigError: the loss or a gradient is NaN or infinite.
+        """
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled()):
+            return
+        saved = [path for path in (self.paths.best, self.paths.last) if path.is_file()]
+        good = f"; the last good checkpoint is {saved[-1]}" if saved else ""
+        raise ConfigError(
+            f"the loss is {loss} and the gradient's norm {grad_norm} at step "
+            f"{self.state.step + 1}; lower train.lr, or use train.precision=fp32{good}"
+        )
 
     def validation_is_due(self) -> bool:
         """Before the first step, every `eval_every` epochs, and at the end; once each."""
@@ -252,12 +267,16 @@ class Trainer:
 
     def save_if_asked(self, stop: resume.StopRequest) -> None:
         """Save every `save_minutes`; save and stop after Ctrl-C or SIGTERM; on all ranks."""
+        if world_size() > 1 and self.state.step % AGREE_EVERY:
+            return
         late = time.monotonic() - self._saved > 60 * self.config.save_minutes
         signal_number, save = stop.agreed(late)
         if signal_number or save:
             self.save()
         if signal_number:
-            raise Stopped(signal_number, f"saved step {self.state.step} to {self.paths.last}")
+            again = " without train.overwrite" if self.config.overwrite else ""
+            saved = f"saved step {self.state.step} to {self.paths.last}"
+            raise Stopped(signal_number, f"{saved}; the same command{again} goes on")
 
     def save(self) -> None:
         """Write the newest checkpoint with all that a resumed run needs; every rank calls it."""

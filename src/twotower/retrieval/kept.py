@@ -1,0 +1,74 @@
+"""A store's built index, kept beside the store so that the next search need not train again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from twotower.config import ConfigError, IndexConfig, to_plain
+from twotower.embedding.store import EmbeddingStore
+from twotower.retrieval.build import build_index, store_fingerprint
+from twotower.retrieval.exact import ExactConfig
+from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.index import Modality, VectorIndex
+from twotower.retrieval.saved import MANIFEST, load_index, save_index
+
+log = logging.getLogger(__name__)
+
+
+def open_index(config: IndexConfig, store: EmbeddingStore, seed: int = 1) -> VectorIndex:
+    """The index of a store's pictures: the kept one if it fits, else a new one, which is kept.
+
+    It fits if it was made from these rows with these settings and this seed. The exact index has
+    nothing to learn and is built at once from the store's files, so it is never kept. Where nothing
+    can be written, the search goes on with a warning.
+
+    Raises:
+        ConfigError: as `build_index` does.
+    """
+    if isinstance(config, ExactConfig):
+        return _built(config, store, seed)
+    folder = kept_folder(config, store)
+    fingerprint = _fingerprint(config, store, seed)
+    try:
+        index = load_index(folder, fingerprint)
+    except ConfigError as reason:
+        # It is only a cache; what is wrong with the config itself is said by the building.
+        if (folder / MANIFEST).exists():
+            log.info("%s", str(reason).replace("build it again", "building it again"))
+    else:
+        log.info("using the index %s, built earlier from the same rows", folder)
+        return index
+    index = _built(config, store, seed)
+    try:
+        save_index(index, folder, fingerprint)
+    except (ConfigError, OSError) as error:
+        log.warning("the index is not kept for the next search: %s", error)
+    else:
+        log.info("kept the index in %s", folder)
+    return index
+
+
+def kept_folder(config: IndexConfig, store: EmbeddingStore) -> Path:
+    """`index/<store>-<index>` beside the store's folder, `models/<run>/index/store-HNSW32`."""
+    name = config.factory if isinstance(config, FaissConfig) else config.registered_name
+    safe = re.sub(r"[^\w,.-]", "_", name)[:100]
+    place = store.folder
+    if not place.name.strip("."):  # given as `.` or `..`: what it is called says the whole path
+        place = Path(os.path.abspath(place))
+    return place.parent / "index" / f"{place.name}-{safe}"
+
+
+def _built(config: IndexConfig, store: EmbeddingStore, seed: int) -> VectorIndex:
+    log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
+    return build_index(config, store, seed=seed)
+
+
+def _fingerprint(config: IndexConfig, store: EmbeddingStore, seed: int) -> str:
+    rows = store_fingerprint(store, Modality.images)
+    about = [rows, config.registered_name, to_plain(config), seed]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
