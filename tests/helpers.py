@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
@@ -25,10 +26,12 @@ def _rank(index: int, world: int, init: str, out: str, fn: Callable[..., Any], a
     torch.set_num_threads(1)
     os.environ.update(RANK=str(index), WORLD_SIZE=str(world), LOCAL_RANK=str(index))
     dist.init_process_group("gloo", init_method=init, rank=index, world_size=world)
-    try:
-        torch.save(fn(*args), f"{out}/{index}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.save(fn(*args), f"{out}/{index}.pt")
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    # Not the interpreter's long way out, on which torch's threads have been seen to abort.
+    os._exit(0)
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from twotower.config import Config, ConfigError, ModelConfig, from_plain, to_plain
 from twotower.data import DATASETS
-from twotower.hydra_app import compose, refusal
+from twotower.hydra_app import compose, log_dir, refusal
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
+from twotower.runs import logs_path
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {"model": MODELS, "data": DATASETS, "index": INDEXES}
@@ -195,20 +197,33 @@ def test_folders_that_cannot_be_made_get_one_sentence(tmp_path, arguments, sente
         ["prepare", "data=manifest"],
         ["compare"],
         ["export", "path=a.pt", "checkpoint=models/r/best.safetensors"],
-        ["info"],
     ],
 )
 def test_commands_without_a_run_leave_no_folder(tmp_path, arguments):
     result = run_cli(*arguments, folder=tmp_path)
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1
-    assert result.returncode == (arguments != ["info"])
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["evaluate", "encode", "search", "benchmark"])
-def test_a_command_logs_beside_the_run_whose_checkpoint_it_is_given(tmp_path, command):
-    key = "store=models/r/store" if command in ("search", "benchmark") else ""
-    given = key or "checkpoint=models/r/best.safetensors"
-    assert run_cli(command, given, folder=tmp_path).returncode == 1
+def test_a_command_logs_beside_the_run_whose_checkpoint_it_is_given(tmp_path):
+    assert run_cli("evaluate", "checkpoint=models/r/best.safetensors", folder=tmp_path).returncode
     assert os.listdir(tmp_path / "logs") == ["r"]
-    assert (tmp_path / "logs" / "r" / command / f"{command}.log").is_file()
+    assert (tmp_path / "logs" / "r" / "evaluate" / "evaluate.log").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "expected"),
+    [
+        ("train", ["checkpoint=models/r/best.safetensors"], "mine/train"),
+        ("encode", ["checkpoint=models/r/best.safetensors"], "r/encode"),
+        ("search", ["store=models/r/store"], "r/search"),
+        ("benchmark", ["store=models/r/store/"], "r/benchmark"),
+        ("benchmark", [], "mine/benchmark"),
+        ("evaluate", ["checkpoint=/best.safetensors"], "mine/evaluate"),
+    ],
+)
+def test_where_a_command_logs_is_where_it_writes(command, overrides, expected):
+    config = compose(["run.name=mine", *overrides])
+    assert log_dir(OmegaConf.structured(config), command) == expected
+    if command != "train":
+        assert logs_path(config) / command == Path("logs", expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -209,6 +210,7 @@ def _rank_main(
                 raise SystemExit(128 + error.signal) from None
         # The group is left to the end of the process: its end brings the other ranks down.
         raise
+    gc.collect()  # what still holds the group (a wrapped model) must go before it
     dist.destroy_process_group()
     return result
 

@@ -26,20 +26,17 @@ def plant(bert: Path, folder: Path, **changes: Any) -> Path:
     shutil.copytree(bert, folder)
     mark = folder / "ran"
     (folder / "planted.py").write_text(PLANTED.format(mark=str(mark)))
-    for name, asked in (
-        ("config.json", {"AutoConfig": "PlantedConfig", "AutoModel": "PlantedModel"}),
-        ("tokenizer_config.json", {"AutoTokenizer": [None, "PlantedTokenizer"]}),
-    ):
+    asked = {
+        "config.json": {
+            "AutoConfig": "planted.PlantedConfig",
+            "AutoModel": "planted.PlantedModel",
+        },
+        "tokenizer_config.json": {"AutoTokenizer": [None, "planted.PlantedTokenizer"]},
+    }
+    for name, auto_map in asked.items():
         content = json.loads((folder / name).read_text())
-        content["auto_map"] = {
-            key: [None, "planted.PlantedTokenizer"]
-            if isinstance(value, list)
-            else f"planted.{value}"
-            for key, value in asked.items()
-        }
-        if name == "config.json":
-            content.update(changes)
-        (folder / name).write_text(json.dumps(content))
+        added = changes if name == "config.json" else {}
+        (folder / name).write_text(json.dumps({**content, "auto_map": auto_map, **added}))
     return mark
 
 
@@ -70,7 +67,7 @@ def test_an_encoder_that_only_its_own_code_knows_gets_a_sentence(
     with pytest.raises(ConfigError) as error:
         load_text(str(folder), Pooling.mean, 8)
     assert str(error.value) == (
-        f"model.text_encoder={folder} brings code of its own (auto_map), which twotower never runs; "
-        "choose an encoder that transformers knows"
+        f"model.text_encoder={folder} brings code of its own (auto_map), which twotower "
+        "never runs; choose an encoder that transformers knows"
     )
     assert not mark.exists()

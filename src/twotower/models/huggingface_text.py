@@ -125,6 +125,11 @@ def load_text(
         fast = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # transformers raises OSError, ValueError, KeyError, ImportError and errors of its parts alike.
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model.text_encoder={name} brings code of its own (auto_map), which twotower "
+                "never runs; choose an encoder that transformers knows"
+            ) from error
         raise ConfigError(
             f"model.text_encoder={name} cannot be loaded: {_reason(error)}"
         ) from error
