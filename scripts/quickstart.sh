@@ -28,16 +28,22 @@ if [ ! -e logs/$pretrained/evaluate/openmoji-train-175.json ]; then
 fi
 
 step "openai_finetune: fine-tuning in OpenAI's format"
-weights=${TWOTOWER_OPENAI_WEIGHTS:-$HOME/.cache/clip/ViT-B-32.pt}
-settings=(train.epochs=5)
-if [ -e "$weights" ]; then
-  echo "starting from OpenAI's weights in $weights; one epoch of so large a model on a CPU takes minutes"
-  settings=(train.epochs=1)
+given=${TWOTOWER_OPENAI_WEIGHTS:-}
+cached=$HOME/.cache/clip/ViT-B-32.pt
+if [ -n "$given" ] && [ ! -f "$given" ]; then
+  echo "TWOTOWER_OPENAI_WEIGHTS=$given: there is no such file" >&2
+  exit 1
+elif [ -n "$given" ] || [ -f "$cached" ]; then
+  weights=${given:-$cached}
+  echo "starting from OpenAI's weights in $weights; one epoch, which takes minutes on a CPU"
+  settings=("run.name=quickstart-openai_finetune-$(basename "$weights" .pt)" train.epochs=1)
 else
   weights=models/$pretrained/openai.pt
+  settings=(train.overwrite=false)
   echo "OpenAI's weights are not at hand, so it starts from openai_pretrain's export, $weights"
   if [ ! -e "$weights" ] || [ "models/$pretrained/best.safetensors" -nt "$weights" ]; then
     twotower export checkpoint=models/$pretrained/best.safetensors path="$weights"
+    settings=(train.overwrite=true)
   fi
 fi
 twotower train experiment=quickstart_openai_finetune model.weights="$weights" "${settings[@]}"
