@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.pairs import PairTable
+from twotower.data.workers import plain_signals
 from twotower.models.dual_encoder import ImageTransform
 
 Picture = Path | str | bytes | Image.Image | np.ndarray
@@ -117,15 +117,9 @@ def picture_batches(
         collate_fn=collate_pictures,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=plain_signals,
     )
     return iter(loader)
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the parent ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def name_of(source: Picture, place: int) -> str:

@@ -18,6 +18,7 @@ from twotower import metrics
 from twotower.config import ConfigError, EvaluateConfig, Precision
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.pairs import PairTable
+from twotower.data.workers import plain_signals
 from twotower.distributed import all_gather_objects, rank, shard_range, world_size
 from twotower.models.dual_encoder import DualEncoder
 
@@ -106,6 +107,7 @@ def pair_features(
         Subset(inputs, rows),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        worker_init_fn=plain_signals,
         collate_fn=_keep_readable,
         generator=torch.Generator(),  # the model's random state must not depend on evaluations
     )

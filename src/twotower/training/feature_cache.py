@@ -19,6 +19,7 @@ from twotower.checkpoint.atomic import replacing
 from twotower.config import ConfigError, TrainConfig
 from twotower.console import progress
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample
+from twotower.data.workers import plain_signals
 from twotower.distributed import (
     all_gather_objects,
     broadcast_object,
@@ -141,6 +142,7 @@ def image_features(
             Subset(pictures, rows),
             batch_size=_batch_rows(device),
             num_workers=config.num_workers,
+            worker_init_fn=plain_signals,
             collate_fn=list,
             generator=torch.Generator(),  # a cold cache must not move the model's random state
         )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from twotower.config import ConfigError, EvaluateConfig, Precision, TrainConfig
 from twotower.console import ProgressLine, progress
 from twotower.data.pairs import Batch, Collate
+from twotower.data.workers import plain_signals
 from twotower.distributed import (
     Stopped,
     all_gather_with_grad,
@@ -146,6 +147,7 @@ class Trainer:
             batch_sampler=self.sampler,
             collate_fn=Collate(self.inputs.tokenizer),
             num_workers=self.config.num_workers,
+            worker_init_fn=plain_signals,
             pin_memory=self.device.type == "cuda",
             # Its own generator: starting a loader must not move the random state of the model.
             generator=torch.Generator().manual_seed(epoch),
