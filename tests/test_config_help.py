@@ -9,9 +9,10 @@ from typing import get_type_hints
 import pytest
 
 from twotower.cli import COMMANDS, READS
-from twotower.config import Config, Section
+from twotower.config import Config
 from twotower.config_help import REGISTRIES, SECTIONS, TOP_LEVEL, WORDS, command_help, groups
 from twotower.hydra_app import compose
+from twotower.settings import Section
 
 PLAIN = {
     name: hint

@@ -8,8 +8,9 @@ import pytest
 
 from tests.helpers import run_ranks
 from twotower import distributed
-from twotower.config import ConfigError, DistributedConfig
+from twotower.config import DistributedConfig
 from twotower.distributed import Stopped, launch, on_main, shard_range
+from twotower.settings import ConfigError
 
 TWO = DistributedConfig(nproc_per_node=2, num_threads=1, oversubscribe=True)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from twotower.config import Config, ConfigError, ModelConfig, from_plain, to_plain
+from twotower.config import Config, ModelConfig
 from twotower.data import DATASETS
 from twotower.hydra_app import compose, log_dir, refusal
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
 from twotower.runs import logs_path
+from twotower.settings import ConfigError, from_plain, to_plain
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {"model": MODELS, "data": DATASETS, "index": INDEXES}

@@ -8,25 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import ClassVar
 
-T = TypeVar("T")
+from twotower.settings import Choice, ConfigError, Section, setting
+from twotower.train_config import Precision, TrainConfig
 
 MAX_SEED = 2**32 - 1  # the largest that every library takes
-
-
-class ConfigError(Exception):
-    """A mistake of the user's: printed as one sentence, exit code 1, no traceback."""
-
-
-class Precision(enum.Enum):
-    """What the forward pass computes in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Device(enum.Enum):
@@ -64,72 +52,6 @@ class Metric(enum.Enum):
 
     cosine = "cosine"
     ip = "ip"
-
-
-def setting(
-    default: T,
-    meaning: str,
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-) -> T:
-    """Declare a field of a `Section`: its default, its meaning with its unit, and its bounds.
-
-    Typed as the default's type so that a type checker sees the field as what it holds.
-    """
-    bounds = {"gt": gt, "ge": ge, "le": le, "lt": lt}
-    metadata = {"meaning": meaning, "bounds": {k: v for k, v in bounds.items() if v is not None}}
-    if isinstance(default, list):
-        made: Any = dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    else:
-        made = dataclasses.field(default=default, metadata=metadata)
-    return made  # type: ignore[no-any-return]
-
-
-def plain_number(value: float) -> str:
-    """A bound as a person writes it: a whole number with all its digits."""
-    return str(value) if isinstance(value, int) else f"{value:g}"
-
-
-_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-    "gt": ("greater than", lambda value, bound: value > bound),
-    "ge": ("at least", lambda value, bound: value >= bound),
-    "lt": ("less than", lambda value, bound: value < bound),
-    "le": ("at most", lambda value, bound: value <= bound),
-}
-
-
-@dataclass(kw_only=True)
-class Section:
-    """One section of the config; checks its bounds when it is made.
-
-    Raises:
-        ConfigError: a value is outside the bounds of its field.
-    """
-
-    section: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            values = value if isinstance(value, list) else [value]
-            for kind, bound in field.metadata.get("bounds", {}).items():
-                words, holds = _BOUNDS[kind]
-                for item in values:
-                    if not holds(item, bound):
-                        key = f"{self.section}.{field.name}"
-                        raise ConfigError(
-                            f"{key} must be {words} {plain_number(bound)}, not {item}"
-                        )
-
-
-@dataclass(kw_only=True)
-class Choice(Section):
-    """A section whose class is chosen by a config group; a registry fills in `registered_name`."""
-
-    registered_name: ClassVar[str] = ""
 
 
 @dataclass(kw_only=True)
@@ -210,49 +132,6 @@ class DistributedConfig(Section):
         30.0, "minutes that a collective may wait for a rank", gt=0, le=1_000_000
     )
     oversubscribe: bool = setting(False, "allow more processes than the machine has cores or GPUs")
-
-
-@dataclass(kw_only=True)
-class TrainConfig(Section):
-    """The optimisation."""
-
-    section: ClassVar[str] = "train"
-    not_in_run_name: ClassVar[tuple[str, ...]] = (
-        "num_workers",
-        "log_every",
-        "save_minutes",
-        "resume",
-        "overwrite",
-    )
-
-    epochs: int = setting(30, "passes over the training images", ge=1)
-    max_steps: int = setting(0, "stop after this many optimiser steps; 0 is no limit", ge=0)
-    batch_size: int = setting(
-        128, "image-text pairs a step over all ranks: the contrastive batch", ge=2
-    )
-    lr: float = setting(5e-4, "peak learning rate", gt=0)
-    weight_decay: float = setting(
-        0.2, "AdamW decay of matrices; never of norms, biases, logit_scale", ge=0
-    )
-    beta1: float = setting(0.9, "AdamW decay rate of the mean", ge=0, lt=1)
-    beta2: float = setting(0.98, "AdamW decay rate of the variance", ge=0, lt=1)
-    eps: float = setting(1e-6, "AdamW epsilon", gt=0)
-    warmup_fraction: float = setting(
-        0.1, "share of all steps in which the rate rises linearly", ge=0, le=1
-    )
-    grad_clip_norm: float = setting(1.0, "largest global gradient norm; 0 does not clip", ge=0)
-    precision: Precision = setting(Precision.fp32, "fp32, bf16 or fp16 (with a gradient scaler)")
-    num_workers: int = setting(
-        0, "processes a rank that load images; 0 loads in the rank itself", ge=0
-    )
-    eval_every: int = setting(1, "epochs between validations; 0 validates only at the end", ge=0)
-    log_every: int = setting(10, "steps between two lines in the metrics", ge=1)
-    cache_features: bool = setting(
-        True, "compute the features of a locked tower once and reuse them"
-    )
-    save_minutes: float = setting(10.0, "minutes between two saves inside an epoch", gt=0)
-    resume: bool = setting(True, "go on with a run that was stopped")
-    overwrite: bool = setting(False, "begin anew: a finished run instead of reusing it")
 
 
 @dataclass(kw_only=True)
@@ -369,37 +248,3 @@ class FreeText:
     query_image: str | None = None
     filter: str | None = None
     path: str | None = None
-
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-def to_plain(section: Section) -> dict[str, Any]:
-    """A section as JSON can hold it: enums by name."""
-    plain = dataclasses.asdict(section)
-    return {k: v.name if isinstance(v, enum.Enum) else v for k, v in plain.items()}
-
-
-def from_plain(config_class: type[SectionT], plain: dict[str, Any]) -> SectionT:
-    """The section that `to_plain` wrote.
-
-    Raises:
-        ConfigError: a key or a name that the class does not have, or a value outside its bounds.
-    """
-    hints = get_type_hints(config_class)
-    values: dict[str, Any] = {}
-    for key, value in plain.items():
-        if key not in hints:
-            raise ConfigError(
-                f"{config_class.section}.{key} is not known to this version of twotower"
-            )
-        hint = hints[key]
-        if isinstance(hint, type) and issubclass(hint, enum.Enum):
-            if value not in hint.__members__:
-                raise ConfigError(
-                    f"{config_class.section}.{key}={value} is not known to this version of "
-                    f"twotower, which knows {', '.join(hint.__members__)}"
-                )
-            value = hint[value]
-        values[key] = value
-    return config_class(**values)

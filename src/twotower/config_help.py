@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any, get_args, get_type_hints
 
-from twotower.config import Choice, Config, plain_number
+from twotower.config import Config
 from twotower.data import DATASETS
 from twotower.models import MODELS
 from twotower.registry import Registry
 from twotower.retrieval import INDEXES
+from twotower.settings import Choice, plain_number
 
 WIDTH = 100
 KEY_WIDTH = 34

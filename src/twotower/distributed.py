@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twotower.allocator import keep_freed_memory
-from twotower.config import ConfigError, Device, DistributedConfig
+from twotower.config import Device, DistributedConfig
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -28,12 +28,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twotower.config import Config, ConfigError, FreeText, TrainConfig, check_run_name
+from twotower.config import Config, FreeText, check_run_name
 from twotower.data import DATASETS
 from twotower.distributed import Stopped
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
 from twotower.runs import run_of
+from twotower.settings import ConfigError
+from twotower.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from twotower.config import Choice
+from twotower.settings import Choice
 
 T = TypeVar("T")
 Build = TypeVar("Build", bound=Callable[..., Any])

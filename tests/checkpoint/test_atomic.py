@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 
 def test_the_file_appears_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:

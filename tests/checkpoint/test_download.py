@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from twotower.checkpoint.download import cached_file, download, reach_hub
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 CONTENT = b"weights" * 5000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

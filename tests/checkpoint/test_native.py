@@ -16,7 +16,7 @@ from twotower.checkpoint.native import (
     read_header,
     save_checkpoint,
 )
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 HEADER = {"variant": "x", "assets": {"words": "größe 日本\n"}, "metrics": {"recall": 0.5}}
 

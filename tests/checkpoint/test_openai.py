@@ -17,7 +17,7 @@ from twotower.checkpoint.openai import (
     read_openai,
     write_openai,
 )
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 
 class Planted:

@@ -10,18 +10,11 @@ import pytest
 from tests.embedding.parts import ONE_THREAD, bundle_of
 from tests.helpers import write_pictures
 from twotower.commands.encode import run
-from twotower.config import (
-    Config,
-    ConfigError,
-    EncodeConfig,
-    FreeText,
-    IndexConfig,
-    ModelConfig,
-    RunConfig,
-)
+from twotower.config import Config, EncodeConfig, FreeText, IndexConfig, ModelConfig, RunConfig
 from twotower.data.folder import CaptionsFrom, FolderConfig
 from twotower.embedding import encoder
 from twotower.embedding.store import EmbeddingStore
+from twotower.settings import ConfigError
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from typing import Any, cast
 import pytest
 
 from twotower.commands import export
-from twotower.config import Config, ConfigError, FreeText
+from twotower.config import Config, FreeText
 from twotower.models.dual_encoder import MODELS
 from twotower.models.openai_pretrain import OpenaiPretrainConfig
 from twotower.models.saved import save_bundle
+from twotower.settings import ConfigError
 
 
 @dataclass

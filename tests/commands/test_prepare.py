@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from twotower.commands import prepare
-from twotower.config import Config, ConfigError, FreeText, IndexConfig, ModelConfig, RunConfig
+from twotower.config import Config, FreeText, IndexConfig, ModelConfig, RunConfig
 from twotower.data.synthetic import SyntheticConfig
 from twotower.models import backbones
+from twotower.settings import ConfigError
 
 
 def config(folder: Path) -> Config:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.flickr8k import Flickr8kConfig, load_flickr8k
 from twotower.data.pairs import PairTable
+from twotower.settings import ConfigError
 
 NAMES = [f"{n}_abc.jpg" for n in range(10)]
 CAPTIONS = {name: [f"{name[0]}, version {k} ." for k in range(5)] for name in NAMES}

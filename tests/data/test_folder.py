@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import write_pictures
-from twotower.config import ConfigError
 from twotower.data.folder import CaptionsFrom, FolderConfig, load_folder
 from twotower.data.pairs import PairTable
+from twotower.settings import ConfigError
 
 
 def load(folder: Path, **settings: object) -> PairTable:

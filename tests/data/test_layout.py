@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.layout import folder_in_one_piece
+from twotower.settings import ConfigError
 
 
 def test_nothing_is_seen_before_the_end_and_all_after_it(tmp_path: Path) -> None:

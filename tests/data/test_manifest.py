@@ -7,9 +7,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.manifest import ManifestConfig, load_manifest, write_manifest
 from twotower.data.pairs import PairTable
+from twotower.settings import ConfigError
 
 ROWS = [
     ("a.jpg", "a dog, running", "train"),

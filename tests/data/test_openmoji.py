@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data import openmoji
 from twotower.data.images import decode_image
 from twotower.data.openmoji import (
@@ -19,6 +18,7 @@ from twotower.data.openmoji import (
     prepare_openmoji,
 )
 from twotower.data.pairs import PairTable, prepare_pairs
+from twotower.settings import ConfigError
 
 BLANK_PNG = b"a picture"
 

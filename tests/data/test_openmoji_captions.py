@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.openmoji_captions import Words, captions_of, package, plain, read_words
+from twotower.settings import ConfigError
 
 FARMER = Words(
     "farmer", ("rancher",), ("gardener", "grower"), ("FARMER", "face", "nature", "rancher")

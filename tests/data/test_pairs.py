@@ -6,7 +6,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.helpers import HashTokenizer, SquareTransform, write_pictures
-from twotower.config import ConfigError
 from twotower.data.pairs import (
     Batch,
     Collate,
@@ -18,6 +17,7 @@ from twotower.data.pairs import (
     prepare_pairs,
 )
 from twotower.data.synthetic import SyntheticConfig
+from twotower.settings import ConfigError
 
 CAPTIONS = 5
 

@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.images import decode_image
 from twotower.data.synthetic import (
     COLOURS,
@@ -16,6 +15,7 @@ from twotower.data.synthetic import (
     draw,
     load_synthetic,
 )
+from twotower.settings import ConfigError
 
 
 def config(folder: Path, **settings: int) -> SyntheticConfig:

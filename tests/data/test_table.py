@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from twotower.config import ConfigError
 from twotower.data.pairs import SCHEMA, Pair, PairTable
+from twotower.settings import ConfigError
 
 ROOT = Path("root")
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_bundle, write_pictures
-from twotower.config import ConfigError, Precision
 from twotower.embedding import encoder as encoder_module
 from twotower.embedding.encoder import Encoder
+from twotower.settings import ConfigError
+from twotower.train_config import Precision
 
 BATCH = 4
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from twotower.config import ConfigError
 from twotower.embedding.store import EmbeddingStore
+from twotower.settings import ConfigError
 
 
 class Command:

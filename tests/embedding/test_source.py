@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import write_pictures
-from twotower.config import ConfigError, DataConfig
+from twotower.config import DataConfig
 from twotower.embedding.source import pairs_to_encode
+from twotower.settings import ConfigError
 
 
 def test_a_folder_gives_every_picture_in_order_and_no_caption(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests.helpers import tiny_bundle, write_pictures
-from twotower.config import Config, ConfigError
+from twotower.config import Config
 from twotower.data.pairs import Pair, PairTable
 from twotower.evaluation import report as module
 from twotower.evaluation.report import data_fingerprint, describe, evaluate, measured_pairs
 from twotower.evaluation.retrieval import PictureInputs, measure_retrieval
 from twotower.hydra_app import compose
 from twotower.models.saved import save_bundle
+from twotower.settings import ConfigError
 
 
 def table(folder: Path, *captions: str) -> PairTable:

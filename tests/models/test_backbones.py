@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from twotower.config import ConfigError
 from twotower.models.backbones import prepare_backbones
 from twotower.models.bert_resnet import BertResnetConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
+from twotower.settings import ConfigError
 
 
 @pytest.fixture(scope="module")

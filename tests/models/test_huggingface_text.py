@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from twotower.config import ConfigError
 from twotower.models.huggingface_text import Pooling, load_text, rebuild_text
+from twotower.settings import ConfigError
 
 PLANTED = """
 import pathlib

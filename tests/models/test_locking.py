@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from twotower.config import BatchNorm, ConfigError
+from twotower.config import BatchNorm
 from twotower.models.locking import (
     apply_batch_norm_policy,
     keep_in_evaluation,
     keep_locked_parts_in_evaluation,
     lock_all_but,
 )
+from twotower.settings import ConfigError
 
 
 def small() -> nn.Sequential:

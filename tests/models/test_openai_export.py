@@ -10,13 +10,13 @@ from tests.models import reference_clip as reference
 from tests.models.test_openai_clip import normalised
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip
 from twotower.checkpoint.openai import Architecture, read_openai, write_openai
-from twotower.config import ConfigError
 from twotower.models import openai_export
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.openai_clip import Activation, to_openai_names
 from twotower.models.openai_export import export_openai
 from twotower.models.openai_finetune import OpenaiFinetuneConfig
 from twotower.models.openai_pretrain import OpenaiPretrainConfig
+from twotower.settings import ConfigError
 
 
 def bundle_of(architecture: Architecture, folder: Path, **fields: Any) -> ModelBundle:

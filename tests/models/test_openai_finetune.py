@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from tests.models.tiny import VIT, make_clip
 from twotower.checkpoint.openai import write_openai
-from twotower.config import ConfigError
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle
 from twotower.models.openai_clip import ARCHITECTURES, Activation, to_openai_names
 from twotower.models.openai_finetune import (
@@ -22,6 +21,7 @@ from twotower.models.openai_finetune import (
     openai_archive,
 )
 from twotower.models.saved import save_bundle
+from twotower.settings import ConfigError
 
 TOKENS = torch.randint(1, 49000, (3, 9))
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twotower.config import BatchNorm, ConfigError
+from twotower.config import BatchNorm
 from twotower.models.dual_encoder import MODELS
 from twotower.models.openai_pretrain import OpenaiPretrainConfig
+from twotower.settings import ConfigError
 
 
 def test_sizes_are_the_configs_and_the_weights_are_the_seeds() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip
 from twotower.checkpoint.openai import write_openai
-from twotower.config import ConfigError, ModelConfig
+from twotower.config import ModelConfig
 from twotower.models.bert_resnet import HeadKind
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.huggingface_text import Pooling
@@ -20,6 +20,7 @@ from twotower.models.openai_clip import to_openai_names
 from twotower.models.openai_finetune import OpenaiFinetuneConfig
 from twotower.models.openai_pretrain import OpenaiPretrainConfig
 from twotower.models.saved import load_bundle, load_weights, save_bundle
+from twotower.settings import ConfigError
 
 VARIANTS = ["bert_resnet", "bert_vit", "finetune_vit", "finetune_resnet", "pretrain"]
 

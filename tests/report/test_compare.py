@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from twotower.config import Config, ConfigError
+from twotower.config import Config
 from twotower.hydra_app import compose
 from twotower.metrics import KS
 from twotower.report.compare import (
@@ -22,6 +22,7 @@ from twotower.report.compare import (
     markdown_table,
     read_entries,
 )
+from twotower.settings import ConfigError
 
 
 def write(folder: Path, run: str, recall: float, name: str = "val", **changes: Any) -> Path:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.retrieval.conftest import COUNT
 from twotower.commands import benchmark as command
-from twotower.config import BenchmarkConfig, Config, ConfigError, FreeText, Metric
+from twotower.config import BenchmarkConfig, Config, FreeText, Metric
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval import benchmark
 from twotower.retrieval.benchmark import compare_indexes, draw_queries, recall_at_k
@@ -19,6 +19,7 @@ from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray, IdArray, SearchResult, VectorIndex
+from twotower.settings import ConfigError
 
 NAMES = ["exact", "Flat", "IVF8,Flat", "IVF64,Flat", "SQ4"]
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from tests.retrieval.reference import brute_force
-from twotower.config import ConfigError, Metric
+from twotower.config import Metric
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index, gather, sample_positions, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality
+from twotower.settings import ConfigError
 
 
 @pytest.mark.parametrize("modality", list(Modality))

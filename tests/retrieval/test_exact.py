@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
-from twotower.config import ConfigError, Metric
+from twotower.config import Metric
 from twotower.retrieval import exact
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, IdArray, SearchResult, unit_rows
+from twotower.settings import ConfigError
 
 
 def rows_of(kind: str, count: int, dim: int) -> AnyFloatArray:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from tests.retrieval.reference import brute_force
-from twotower.config import ConfigError, Metric
+from twotower.config import Metric
 from twotower.retrieval.build import build_index
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
 from twotower.retrieval.index import AnyFloatArray, unit_rows
+from twotower.settings import ConfigError
 
 
 def some_rows(count: int = 200, dim: int = 8) -> AnyFloatArray:

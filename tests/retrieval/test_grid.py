@@ -7,10 +7,10 @@ import pytest
 from PIL import Image, ImageFont
 
 from tests.helpers import write_pictures
-from twotower.config import ConfigError
 from twotower.retrieval import grid
 from twotower.retrieval.grid import CELL, GAP, picture_name, wrap, write_grid
 from twotower.retrieval.searcher import Hit
+from twotower.settings import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from tests.retrieval.reference import brute_force
-from twotower.config import ConfigError, IndexConfig, Metric
+from twotower.config import IndexConfig, Metric
 from twotower.retrieval import INDEXES
 from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray, unit_rows
 from twotower.retrieval.saved import load_index, save_index
+from twotower.settings import ConfigError
 
 DIM = 12
 

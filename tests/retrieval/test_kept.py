@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError, IndexConfig
+from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
 from twotower.retrieval.index import SearchResult, VectorIndex
 from twotower.retrieval.kept import kept_folder, open_index
+from twotower.settings import ConfigError
 
 IVF = FaissConfig(factory="IVF2,Flat", nprobe=2)
 HNSW = FaissConfig(factory="HNSW8", ef_search=30)

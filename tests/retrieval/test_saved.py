@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twotower.config import ConfigError
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
 from twotower.retrieval.index import VectorIndex
 from twotower.retrieval.saved import load_index, save_index
+from twotower.settings import ConfigError
 
 ROWS = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 

@@ -8,13 +8,13 @@ from PIL import Image
 
 from tests.helpers import tiny_bundle
 from tests.retrieval.conftest import CAPTIONS, COUNT
-from twotower.config import ConfigError
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.searcher import Hit, Searcher
+from twotower.settings import ConfigError
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ from rich.text import Text
 from tests.retrieval.conftest import COUNT
 from twotower import console
 from twotower.commands import search
-from twotower.config import Config, ConfigError, FreeText, SearchConfig
+from twotower.config import Config, FreeText, SearchConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval import session
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.session import checkpoint_of, print_hits, prompt
+from twotower.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("any_checkpoint")
 

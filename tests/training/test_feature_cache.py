@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from tests.helpers import tiny_bundle, write_pictures
-from twotower.config import Precision, TrainConfig
 from twotower.data.pairs import Pair, PairTable
 from twotower.models.dual_encoder import PixelNorm
 from twotower.models.huggingface_text import HuggingFaceText, Pooling
+from twotower.train_config import Precision, TrainConfig
 from twotower.training.feature_cache import caption_features, fingerprint, image_features
 
 CPU = torch.device("cpu")

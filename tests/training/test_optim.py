@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.helpers import tiny_bundle
-from twotower.config import TrainConfig
+from twotower.train_config import TrainConfig
 from twotower.training.optim import build_optimizer, learning_rate
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from twotower.checkpoint.native import load_checkpoint, read_header
-from twotower.config import ConfigError
 from twotower.hydra_app import compose
 from twotower.runs import RunPaths
+from twotower.settings import ConfigError
 from twotower.training import run
 from twotower.training.run import train
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 from twotower.training.sampler import GlobalBatchSampler, check_batch_size
 
 

@@ -8,10 +8,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers import run_ranks, tiny_bundle, write_pictures
 from twotower.checkpoint.native import load_checkpoint, read_header
-from twotower.config import EvaluateConfig, TrainConfig
+from twotower.config import EvaluateConfig
 from twotower.data.pairs import Pair, PairTable
 from twotower.distributed import Stopped
 from twotower.runs import RunPaths
+from twotower.train_config import TrainConfig
 from twotower.training.inputs import prepare_inputs
 from twotower.training.trainer import Trainer
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import file_sha256
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

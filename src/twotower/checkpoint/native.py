@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 METADATA_KEY = "twotower"
 

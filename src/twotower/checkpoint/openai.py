@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.torchscript import ForbiddenGlobal, archive_root, read_torchscript
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 HEAD_WIDTH = 64  # OpenAI's models have one attention head per 64 channels, and infer the heads so

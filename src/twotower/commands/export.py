@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twotower.config import Config, ConfigError, FreeText
+from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.models.openai_export import export_openai
 from twotower.models.saved import load_bundle
 from twotower.runs import checkpoint_path
+from twotower.settings import ConfigError
 
 
 def run(config: Config, free: FreeText) -> None:

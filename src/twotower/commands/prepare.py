@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twotower.config import Config, ConfigError, FreeText
+from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.data.pairs import prepare_pairs
 from twotower.data.summary import summary
+from twotower.settings import ConfigError
 
 
 def run(config: Config, free: FreeText) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.config import ConfigError, setting
 from twotower.data.pairs import DATASETS, Pair, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from twotower.config import ConfigError, setting
 from twotower.data.images import SUFFIXES
 from twotower.data.pairs import DATASETS, Pair, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
 

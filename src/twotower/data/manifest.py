@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from twotower.config import ConfigError, setting
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from twotower.config import ConfigError, DataConfig, setting
+from twotower.config import DataConfig
 from twotower.console import progress
 from twotower.data.layout import folder_in_one_piece
 from twotower.data.manifest import ManifestConfig, load_manifest, write_manifest
 from twotower.data.openmoji_captions import VARIATION_SELECTOR, captions_of, package, read_words
 from twotower.data.pairs import DATASETS, PREPARERS, PairTable
 from twotower.data.splits import hash_order
+from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 VARIATION_SELECTOR = "\ufe0f"
 WORDS_A_CAPTION = 8

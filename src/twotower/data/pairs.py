@@ -13,10 +13,11 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from twotower.config import ConfigError, DataConfig
+from twotower.config import DataConfig
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.table import SCHEMA, Pair, PairTable
 from twotower.registry import Registry
+from twotower.settings import ConfigError
 
 __all__ = [
     "DATASETS",

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.config import MAX_SEED, DataConfig, setting
+from twotower.config import MAX_SEED, DataConfig
 from twotower.data.pairs import PairTable
+from twotower.settings import setting
 
 
 @dataclass(kw_only=True)

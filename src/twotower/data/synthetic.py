@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from twotower.config import setting
 from twotower.data.layout import folder_in_one_piece
 from twotower.data.manifest import ManifestConfig, load_manifest, write_manifest
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig
+from twotower.settings import setting
 
 COLOURS = {
     "red": (214, 39, 40),

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.config import ConfigError, Precision
 from twotower.embedding.layout import FloatArray
 from twotower.embedding.pictures import (
     Picture,
@@ -26,6 +25,8 @@ from twotower.embedding.pictures import (
 )
 from twotower.models.dual_encoder import DualEncoder, ModelBundle
 from twotower.models.saved import load_bundle
+from twotower.settings import ConfigError
+from twotower.train_config import Precision
 
 
 def _prepared(model: DualEncoder, device: torch.device, precision: Precision) -> DualEncoder:

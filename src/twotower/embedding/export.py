@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 from twotower.checkpoint.native import file_sha256
-from twotower.config import ConfigError, DistributedConfig, EncodeConfig, Rows
+from twotower.config import DistributedConfig, EncodeConfig, Rows
 from twotower.data.pairs import PairTable
 from twotower.distributed import launch, resolve_device
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.rows import fingerprint, has_captions
 from twotower.embedding.work import ExportJob, ExportResult, run_export
 from twotower.embedding.writer import beside, restore
+from twotower.settings import ConfigError
 
 
 def existing_checkpoint(path: Path) -> Path:

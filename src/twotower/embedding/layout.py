@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 FORMAT = "twotower embedding store"
 VERSION = 1

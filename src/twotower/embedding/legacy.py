@@ -16,9 +16,9 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from twotower.config import ConfigError
 from twotower.embedding.layout import FloatArray, FloatRows, IntArray, Manifest
 from twotower.embedding.store import EmbeddingStore
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

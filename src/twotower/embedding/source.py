@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from twotower.config import ConfigError, DataConfig
+from twotower.config import DataConfig
 from twotower.data.folder import list_pictures
 from twotower.data.manifest import DELIMITERS, ManifestConfig, load_manifest
 from twotower.data.pairs import Pair, PairTable, load_pairs
+from twotower.settings import ConfigError
 
 
 def pairs_to_encode(config: DataConfig, path: str | None) -> PairTable:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.checkpoint.native import file_sha256
-from twotower.config import ConfigError
 from twotower.embedding.layout import (
     ERRORS,
     IMAGES,
@@ -23,6 +22,7 @@ from twotower.embedding.layout import (
     IntArray,
     Manifest,
 )
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import file_sha256
-from twotower.config import ConfigError
 from twotower.embedding.layout import (
     DONE,
     ERROR_SCHEMA,
@@ -33,6 +32,7 @@ from twotower.embedding.layout import (
     Shard,
     write_json,
 )
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

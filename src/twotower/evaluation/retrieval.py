@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from twotower import metrics
-from twotower.config import ConfigError, EvaluateConfig, Precision
+from twotower.config import EvaluateConfig
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.pairs import PairTable
 from twotower.data.workers import plain_signals
 from twotower.distributed import all_gather_objects, rank, shard_range, world_size
 from twotower.models.dual_encoder import DualEncoder
+from twotower.settings import ConfigError
+from twotower.train_config import Precision
 
 log = logging.getLogger(__name__)
 

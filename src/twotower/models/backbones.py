@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

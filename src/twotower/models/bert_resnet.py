@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from twotower.config import BatchNorm, ConfigError, ModelConfig, setting
+from twotower.config import BatchNorm, ModelConfig
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle, Tower
 from twotower.models.huggingface_text import Pooling, load_text, rebuild_text
 from twotower.models.locking import (
@@ -19,6 +19,7 @@ from twotower.models.locking import (
 )
 from twotower.models.preprocess import ImageInput, rgb
 from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input, stages
+from twotower.settings import ConfigError, setting
 
 
 class HeadKind(enum.Enum):

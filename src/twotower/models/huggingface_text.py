@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.checkpoint.download import reach_hub
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 
 class Pooling(enum.Enum):

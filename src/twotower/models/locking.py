@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twotower.config import BatchNorm, ConfigError
+from twotower.config import BatchNorm
 from twotower.distributed import is_main_process
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from twotower.checkpoint.openai import HEAD_WIDTH, Architecture
-from twotower.config import ConfigError, ModelConfig
+from twotower.config import ModelConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.models.preprocess import ImageInput
+from twotower.settings import ConfigError
 
 # Radford et al. 2021, tables 19 and 20; `tiny` is ours, for CPUs: 8 million parameters, 6 of them
 # the token embedding. A narrow ResNet, since on 1,500 pictures and equal CPU time it reached R@10

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint.openai import infer_architecture, read_openai, write_openai
-from twotower.config import ConfigError
 from twotower.models.dual_encoder import DualEncoder, ModelBundle
 from twotower.models.openai_clip import (
     architecture_of,
@@ -17,6 +16,7 @@ from twotower.models.openai_clip import (
     to_openai_names,
 )
 from twotower.models.preprocess import OPENAI_MEAN, OPENAI_STD, ImageInput
+from twotower.settings import ConfigError
 
 
 def to_openai_state_dict(bundle: ModelBundle) -> dict[str, Tensor]:

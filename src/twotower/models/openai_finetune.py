@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.checkpoint.download import cached_file, download, reach_hub
 from twotower.checkpoint.openai import Architecture, clip_weights, infer_architecture, read_openai
-from twotower.config import ConfigError, ModelConfig, setting
+from twotower.config import ModelConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.openai_clip import (
     ARCHITECTURES,
@@ -23,6 +23,7 @@ from twotower.models.openai_clip import (
     load_openai_weights,
 )
 from twotower.models.preprocess import ImageInput, Interpolation, rgb
+from twotower.settings import ConfigError, setting
 
 OPENAI = "openai"
 DEFAULT_ARCHITECTURE = "ViT-B/32"

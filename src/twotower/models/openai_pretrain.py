@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from twotower.config import BatchNorm, ConfigError, ModelConfig, setting
+from twotower.config import BatchNorm, ModelConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.openai_clip import (
     ARCHITECTURES,
@@ -15,6 +15,7 @@ from twotower.models.openai_clip import (
     check_architecture,
 )
 from twotower.models.preprocess import ImageInput
+from twotower.settings import ConfigError, setting
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from twotower.checkpoint.native import load_checkpoint, save_checkpoint
-from twotower.config import ConfigError, ModelConfig, from_plain, to_plain
+from twotower.config import ModelConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
+from twotower.settings import ConfigError, from_plain, to_plain
 
 FORMAT = 1
 TRAINING = "training."  # begins the names of tensors that only a resumed run reads

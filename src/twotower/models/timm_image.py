@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower.checkpoint.download import reach_hub
-from twotower.config import ConfigError
 from twotower.models.preprocess import ImageInput, Interpolation, rgb
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

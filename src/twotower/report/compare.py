@@ -14,9 +14,10 @@ from typing import Any
 from rich.table import Table
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import Config, ConfigError
+from twotower.config import Config
 from twotower.console import print_table, say
 from twotower.metrics import KS
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

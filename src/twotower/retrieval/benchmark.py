@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from twotower.config import BenchmarkConfig, Config, ConfigError, IndexConfig
+from twotower.config import BenchmarkConfig, Config, IndexConfig
 from twotower.console import progress
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.benchmark_report import environment, report
@@ -21,6 +21,7 @@ from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import FloatArray, IdArray, SearchResult, VectorIndex
 from twotower.runs import logs_path, store_path
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError
 from twotower.console import print_table, say
 from twotower.retrieval.faiss_index import import_faiss
+from twotower.settings import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

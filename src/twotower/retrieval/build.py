@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twotower.config import ConfigError, IndexConfig
+from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.index import INDEXES, AnyFloatArray, IdArray, Modality, VectorIndex
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower.config import ConfigError, IndexConfig, Metric, setting
+from twotower.config import IndexConfig, Metric
 from twotower.retrieval.candidates import (
     GROUP,
     Candidates,
@@ -46,6 +46,7 @@ from twotower.retrieval.index import (
     no_hits,
     norms_of,
 )
+from twotower.settings import ConfigError, setting
 
 QUERY_BLOCK = 256  # queries scored at a time: with 8,192 rows 8 MB of scores
 PENDING = 1 << 21  # candidates that may wait for the re-rank

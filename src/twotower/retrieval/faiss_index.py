@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.config import ConfigError, IndexConfig, setting
+from twotower.config import IndexConfig
 from twotower.retrieval.index import (
     INDEXES,
     NO_ID,
@@ -25,6 +25,7 @@ from twotower.retrieval.index import (
     check_rows,
     no_hits,
 )
+from twotower.settings import ConfigError, setting
 
 
 @dataclass(kw_only=True)

@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from twotower.config import ConfigError, IndexConfig, Metric
+from twotower.config import IndexConfig, Metric
 from twotower.registry import Registry
+from twotower.settings import ConfigError
 
 FloatArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int64]

@@ -9,13 +9,14 @@ import os
 import re
 from pathlib import Path
 
-from twotower.config import ConfigError, IndexConfig, to_plain
+from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
 from twotower.retrieval.saved import MANIFEST, load_index, save_index
+from twotower.settings import ConfigError, to_plain
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError, from_plain, to_plain
 from twotower.retrieval.index import INDEXES, VectorIndex
+from twotower.settings import ConfigError, from_plain, to_plain
 
 FORMAT = 1
 MANIFEST = "index.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from twotower.config import ConfigError
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.index import NO_ID, AnyFloatArray, VectorIndex
+from twotower.settings import ConfigError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from twotower.config import Config, ConfigError, FreeText
+from twotower.config import Config, FreeText
 from twotower.console import print_table, say
 from twotower.distributed import resolve_device
 from twotower.embedding.encoder import Encoder
@@ -25,6 +25,7 @@ from twotower.retrieval.grid import picture_name, write_grid
 from twotower.retrieval.kept import open_index
 from twotower.retrieval.searcher import Hit, Searcher, check_text
 from twotower.runs import logs_path, store_path
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

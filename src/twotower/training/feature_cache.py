@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import ConfigError, TrainConfig
 from twotower.console import progress
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample
 from twotower.data.workers import plain_signals
@@ -31,6 +30,8 @@ from twotower.distributed import (
 from twotower.evaluation.retrieval import PictureInputs, autocast
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.huggingface_text import HuggingFaceText
+from twotower.settings import ConfigError
+from twotower.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 

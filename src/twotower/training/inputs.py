@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from twotower.config import ConfigError, TrainConfig
 from twotower.data.pairs import ImageTextDataset, PairTable
 from twotower.evaluation.retrieval import FeatureInputs, PictureInputs
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
+from twotower.settings import ConfigError
+from twotower.train_config import TrainConfig
 from twotower.training.feature_cache import CachedImages, caption_features, image_features
 
 

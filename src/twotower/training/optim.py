@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from twotower.config import TrainConfig
+from twotower.train_config import TrainConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -11,7 +11,7 @@ import torch
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
-from twotower.config import Config, ConfigError, to_plain
+from twotower.config import Config
 from twotower.data.pairs import load_pairs
 from twotower.distributed import (
     is_main_process,
@@ -25,6 +25,7 @@ from twotower.evaluation.report import describe, report_path, write_report
 from twotower.models.dual_encoder import MODELS
 from twotower.models.saved import load_weights
 from twotower.runs import RunPaths
+from twotower.settings import ConfigError, to_plain
 from twotower.training.inputs import prepare_inputs
 from twotower.training.trainer import Trainer, recalls
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from twotower.config import ConfigError
+from twotower.settings import ConfigError
 
 
 def check_batch_size(batch_size: int, images: int, world: int) -> None:

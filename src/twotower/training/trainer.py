@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from twotower.config import ConfigError, EvaluateConfig, Precision, TrainConfig
+from twotower.config import EvaluateConfig
 from twotower.console import ProgressLine, progress
 from twotower.data.pairs import Batch, Collate
 from twotower.data.workers import plain_signals
@@ -29,7 +29,9 @@ from twotower.models.dual_encoder import ModelBundle
 from twotower.models.locking import apply_batch_norm_policy
 from twotower.models.saved import load_weights, save_bundle
 from twotower.runs import RunPaths
+from twotower.settings import ConfigError
 from twotower.tracking import MetricWriter
+from twotower.train_config import Precision, TrainConfig
 from twotower.training import resume
 from twotower.training.inputs import TrainingInputs
 from twotower.training.loss import clip_loss
