@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from twotower.settings import Choice, ConfigError, Section, setting
-from twotower.train_config import Precision, TrainConfig
+from twotower.train_config import LossConfig, Precision, TrainConfig
 
 MAX_SEED = 2**32 - 1  # the largest that every library takes
 
@@ -150,6 +150,23 @@ class EvaluateConfig(Section):
 
 
 @dataclass(kw_only=True)
+class ProbeConfig(Section):
+    """What a fine-tune should not forget: measured before the first step and at each validation.
+
+    `data` is chosen like the training data, as in `data@probe.data=flickr8k`.
+    """
+
+    section: ClassVar[str] = "probe"
+
+    data: DataConfig | None = dataclasses.field(
+        default=None, metadata={"meaning": "a data source, chosen by data@probe.data=<name>"}
+    )
+    split: str = setting("val", "split of it to measure on")
+    max_images: int = setting(0, "measure on the first so many of its images; 0 is all", ge=0)
+    metric: str = setting("mean_recall", "metric that is watched, as text_to_image_R@10 or top1")
+
+
+@dataclass(kw_only=True)
 class EncodeConfig(Section):
     """The export of embeddings."""
 
@@ -220,8 +237,10 @@ class Config:
     model: ModelConfig
     data: DataConfig
     index: IndexConfig
+    loss: LossConfig
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)

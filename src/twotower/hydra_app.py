@@ -36,6 +36,7 @@ from twotower.retrieval import INDEXES
 from twotower.runs import run_of
 from twotower.settings import ConfigError
 from twotower.train_config import TrainConfig
+from twotower.training.loss import LOSSES
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ WITHOUT_RUN = ("prepare", "compare", "export", "info")
 def run_name(root: DictConfig) -> str:
     """`<model>-<data>-<hash>`: 8 hex digits of SHA-256 over what decides a run's result."""
     parts: dict[str, Any] = {"seed": root.seed}
-    for key in ("model", "data", "train"):
+    for key in ("model", "data", "loss", "train"):
         parts[key] = OmegaConf.to_container(root[key], resolve=True, enum_to_str=True)
     for key in TrainConfig.not_in_run_name:
         parts["train"].pop(key, None)
@@ -74,7 +75,7 @@ def register_schemas(command: str) -> None:
     """Give Hydra the schemas of `Config` and of every choice, and the resolvers in the YAML."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config, provider="twotower")
-    for registry in (MODELS, DATASETS, INDEXES):
+    for registry in (MODELS, DATASETS, INDEXES, LOSSES):
         for name in registry:
             store.store(
                 group=f"schema/{registry.group}",

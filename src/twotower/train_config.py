@@ -1,4 +1,4 @@
-"""The training sections of the config: the optimisation, the loss, and what guards a fine-tune."""
+"""The training sections of the config: the optimisation and the loss."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SameImage(enum.Enum):
 
 @dataclass(kw_only=True)
 class LossConfig(Choice):
-    """What every loss shares; a loss's own fields are in `training/losses.py`."""
+    """What every loss shares; a loss's own fields are in `training/loss.py`."""
 
     section: ClassVar[str] = "loss"
 
@@ -80,6 +80,9 @@ class TrainConfig(Section):
         "overwrite",
     )
 
+    start_from: str = setting(
+        "", "checkpoint whose weights the run starts from; empty is what model= says"
+    )
     epochs: int = setting(30, "passes over the training images", ge=1)
     max_steps: int = setting(0, "stop after this many optimiser steps; 0 is no limit", ge=0)
     batch_size: int = setting(

@@ -69,15 +69,18 @@ def trainable_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def apply_batch_norm_policy(model: nn.Module, policy: BatchNorm, world_size: int) -> None:
+def apply_batch_norm_policy(
+    model: nn.Module, policy: BatchNorm, world_size: int, in_micro_batches: bool = False
+) -> None:
     """Make the batch norms of trainable towers follow `policy`; call it on the final device.
 
     frozen: they normalise by their running statistics, which stay as they are (their weights are
     still trained). sync: each step's statistics are those of the batch over all ranks. local: of
-    each rank's own part.
+    each rank's own part, or of each micro-batch.
 
     Raises:
-        ConfigError: sync over several ranks on CPUs, which torch does not offer.
+        ConfigError: sync over several ranks on CPUs, which torch does not offer, or with
+            micro-batches, whose statistics are never those of the batch.
     """
     norms = trainable_batch_norms(model)
     if not norms:
@@ -85,11 +88,16 @@ def apply_batch_norm_policy(model: nn.Module, policy: BatchNorm, world_size: int
     if policy is BatchNorm.frozen:
         for parent, name in norms:
             keep_in_evaluation(getattr(parent, name))
-    elif world_size > 1 and policy is BatchNorm.local:
+    elif policy is BatchNorm.sync and in_micro_batches:
+        raise ConfigError(
+            "model.batch_norm=sync cannot be kept with train.micro_batch_size; use "
+            "model.batch_norm=frozen, or train.micro_batch_size=0"
+        )
+    elif policy is BatchNorm.local and (world_size > 1 or in_micro_batches):
         if is_main_process():
             log.warning(
-                "model.batch_norm=local: each of %d ranks normalises by its own part of the batch",
-                world_size,
+                "model.batch_norm=local: each %s normalises by its own part of the batch",
+                "micro-batch" if in_micro_batches else f"of {world_size} ranks",
             )
     elif world_size > 1:
         _synchronise(norms)

@@ -18,6 +18,14 @@ from twotower.train_config import TrainConfig
 from twotower.training.feature_cache import CachedImages, caption_features, image_features
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Pairs to measure on, and the image tower's inputs of them."""
+
+    pairs: PairTable
+    images: Dataset[Tensor | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
     """A model and the data in the form that it takes.
@@ -28,8 +36,8 @@ class TrainingInputs:
 
     model: DualEncoder
     train: ImageTextDataset
-    val_pairs: PairTable
-    val_images: Dataset[Tensor | None]
+    val: EvaluationSet
+    probe: EvaluationSet | None
     tokenizer: Callable[[Sequence[str]], Tensor]
 
 
@@ -45,6 +53,7 @@ def prepare_inputs(
     seed: int,
     device: torch.device,
     cache_folder: Path,
+    probe_pairs: PairTable | None = None,
 ) -> TrainingInputs:
     """Cache what is locked and join the rest.
 
@@ -54,26 +63,33 @@ def prepare_inputs(
     model = bundle.model.to(device).to(memory_format=torch.channels_last)
     image_tower, text_tower = model.image_tower, model.text_tower
     train: ImageTextDataset
-    val_images: Dataset[Tensor | None]
     if _is_cached(image_tower, config):
         train_pairs, features = image_features(bundle, train_pairs, config, device, cache_folder)
-        train = CachedImages(train_pairs, features, seed=seed)
-        val_pairs, features = image_features(bundle, val_pairs, config, device, cache_folder)
-        val_images = FeatureInputs(features)
+        train = CachedImages(train_pairs, features, seed=seed, pairing=config.pairing)
         image_tower = image_tower.get_submodule("head")
+
+        def evaluation_set(pairs: PairTable) -> EvaluationSet:
+            pairs, features = image_features(bundle, pairs, config, device, cache_folder)
+            return EvaluationSet(pairs, FeatureInputs(features))
+
     else:
-        train = ImageTextDataset(train_pairs, bundle.train_transform, seed=seed)
-        val_images = PictureInputs(val_pairs, bundle.eval_transform)
+        transform = bundle.train_transform
+        train = ImageTextDataset(train_pairs, transform, seed=seed, pairing=config.pairing)
+
+        def evaluation_set(pairs: PairTable) -> EvaluationSet:
+            return EvaluationSet(pairs, PictureInputs(pairs, bundle.eval_transform))
+
+    val = evaluation_set(val_pairs)
+    probe = None if probe_pairs is None else evaluation_set(probe_pairs)
     tokenizer: Callable[[Sequence[str]], Tensor] = bundle.tokenizer
     if _is_cached(text_tower, config):
-        captions = [*train_pairs.all_captions()[0], *val_pairs.all_captions()[0], ""]
-        tokenizer = caption_features(bundle, captions, config, device, cache_folder)
+        tables = [train_pairs, val.pairs, *([probe.pairs] if probe else [])]
+        captions = [caption for table in tables for caption in table.all_captions()[0]]
+        tokenizer = caption_features(bundle, [*captions, ""], config, device, cache_folder)
         text_tower = text_tower.get_submodule("head")
-    trained = DualEncoder(image_tower, text_tower, model.logit_scale)
-    if sum(p.requires_grad for p in trained.parameters()) < 2:
+    trained = DualEncoder(image_tower, text_tower, model.logit_scale, model.logit_bias)
+    if not any(p.requires_grad for name, p in trained.named_parameters() if "." in name):
         raise ConfigError(
             "both towers are locked and have no heads: there is nothing to train; unlock one"
         )
-    return TrainingInputs(
-        model=trained, train=train, val_pairs=val_pairs, val_images=val_images, tokenizer=tokenizer
-    )
+    return TrainingInputs(model=trained, train=train, val=val, probe=probe, tokenizer=tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -23,14 +23,35 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         validated: the step of the newest validation, -1 before the first.
-        best: the best validation mean recall so far, in percent.
+        best: the best value of the watched validation metric so far; None before the first.
+        stale: validations since it last improved by the smallest change that counts.
+        compared: the value that an improvement is measured against.
+        probe: the probe's metric before the first step; None without a probe.
+        ended: why the run ended before its last step; empty if it did not.
+        schedule: the state of the learning rate's schedule.
         seconds: time spent, over all attempts.
     """
 
     step: int = 0
     validated: int = -1
-    best: float = -1.0
+    best: float | None = None
+    stale: int = 0
+    compared: float | None = None
+    probe: float | None = None
+    ended: str = ""
+    schedule: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def observe(self, value: float, min_change: float) -> bool:
+        """Take note of the watched metric; whether it is the best so far."""
+        if self.compared is None or value > self.compared + min_change:
+            self.compared, self.stale = value, 0
+        else:
+            self.stale += 1
+        better = self.best is None or value > self.best
+        if better:
+            self.best = value
+        return better
 
 
 def collect(

@@ -12,7 +12,7 @@ import torch
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
 from twotower.config import Config
-from twotower.data.pairs import load_pairs
+from twotower.data.pairs import PairTable, load_pairs
 from twotower.distributed import (
     is_main_process,
     launch,
@@ -22,11 +22,13 @@ from twotower.distributed import (
     world_size,
 )
 from twotower.evaluation.report import describe, report_path, write_report
-from twotower.models.dual_encoder import MODELS
+from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.saved import load_weights
 from twotower.runs import RunPaths
 from twotower.settings import ConfigError, to_plain
 from twotower.training.inputs import prepare_inputs
+from twotower.training.kept import older_checkpoints
+from twotower.training.loss import LOSSES
 from twotower.training.trainer import Trainer, recalls
 
 log = logging.getLogger(__name__)
@@ -39,13 +41,19 @@ def asked_for(config: Config) -> dict[str, dict[str, object]]:
     train = to_plain(config.train)
     for key in config.train.not_in_run_name:
         train.pop(key)
-    return {
+    asked: dict[str, dict[str, object]] = {
         "": {"seed": config.seed},
         "model.": {"variant": config.model.registered_name, **to_plain(config.model)},
         "data.": {"source": config.data.registered_name, **to_plain(config.data)},
+        "loss.": {"loss": config.loss.registered_name, **to_plain(config.loss)},
         "train.": train,
         "evaluate.": {"split": config.evaluate.split, "max_images": config.evaluate.max_images},
     }
+    if config.train.stop_on_forgetting and config.probe.data is not None:
+        source = {"source": config.probe.data.registered_name, **to_plain(config.probe.data)}
+        asked["probe."] = {"data": source, "split": config.probe.split}
+        asked["probe."] |= {"metric": config.probe.metric, "max_images": config.probe.max_images}
+    return asked
 
 
 def check_same_run(config: Config) -> None:
@@ -110,12 +118,40 @@ def clear(config: Config) -> None:
         paths.logs.mkdir(parents=True, exist_ok=True)
         curves = [*paths.logs.glob("events.out.tfevents.*"), paths.logs / "metrics.jsonl"]
         reports = [*paths.logs.glob("evaluate/*.json")]
-        for old in (*curves, *reports, paths.last, paths.best):
+        for old in (*curves, *reports, *older_checkpoints(paths.models), paths.last, paths.best):
             old.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
     with replacing(paths.models / NOTE) as partial:
         partial.write_text(json.dumps(asked_for(config), indent=2) + "\n")
+
+
+def start_bundle(config: Config) -> ModelBundle:
+    """The model as the run finds it: as `model=` says, with the weights of `train.start_from`.
+
+    Raises:
+        ConfigError: it cannot be built, or the checkpoint is of another variant.
+    """
+    bundle = MODELS.build(config.model)
+    if config.train.start_from:
+        load_weights(Path(config.train.start_from), bundle)
+    return bundle
+
+
+def probe_pairs(config: Config) -> PairTable | None:
+    """What the probe measures on, or None without a probe.
+
+    Raises:
+        ConfigError: the run is to end on forgetting and there is no probe, or its data is missing.
+    """
+    if config.probe.data is None:
+        if config.train.stop_on_forgetting:
+            raise ConfigError(
+                "train.stop_on_forgetting needs a probe; choose its data with data@probe.data=..."
+            )
+        return None
+    pairs = load_pairs(config.probe.data).split(config.probe.split).with_captions()
+    return pairs.head(config.probe.max_images)
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -127,26 +163,45 @@ def build_trainer(config: Config) -> Trainer:
     device = resolve_device(config.distributed)
     pairs = load_pairs(config.data).with_captions()
     torch.manual_seed(config.seed)
-    bundle = MODELS.build(config.model)
+    bundle = start_bundle(config)
+    loss = LOSSES.build(config.loss)
+    if loss.initial is not None:
+        bundle.model.start_temperature(*loss.initial)
     # From here on each rank draws its own dropout; the data's order is drawn by seed and epoch.
     torch.manual_seed(config.seed * 1009 + rank())
     cache = Path(config.run.models_dir) / "features"
     val_pairs = pairs.split(config.evaluate.split).head(config.evaluate.max_images)
     inputs = prepare_inputs(
-        bundle, pairs.split("train"), val_pairs, config.train, config.seed, device, cache
+        bundle,
+        pairs.split("train"),
+        val_pairs,
+        config.train,
+        config.seed,
+        device,
+        cache,
+        probe_pairs(config),
     )
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     log.info(
         "%s: %d training and %d validation images, %s trainable parameters, on %d x %s",
         pairs.name,
         len(inputs.train),
-        len(inputs.val_pairs),
+        len(inputs.val.pairs),
         f"{trainable:,}",
         world_size(),
         device.type,
     )
-    paths = RunPaths.of(config)
-    return Trainer(bundle, inputs, config.train, config.evaluate, config.seed, paths, device)
+    return Trainer(
+        bundle,
+        inputs,
+        loss,
+        config.train,
+        config.evaluate,
+        config.probe,
+        config.seed,
+        RunPaths.of(config),
+        device,
+    )
 
 
 def train_on_rank(config: Config) -> str:
@@ -168,7 +223,7 @@ def train_on_rank(config: Config) -> str:
     # The report is of the best weights, which need not be the last. A finished run lacks it when
     # it was killed here.
     load_weights(paths.best, trainer.bundle)
-    measured = trainer.measure(config.evaluate.bootstrap)
+    measured = trainer.validator.measure(trainer.inputs.val, config.evaluate.bootstrap)
     if is_main_process():
         seconds = float(read_header(paths.last)["seconds"])
         about = describe(trainer.bundle, paths.best, config, seconds)
