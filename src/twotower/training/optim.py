@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import math
 from typing import Any
 
 import torch
@@ -110,15 +109,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Let the heads learn at `rate` and every other group at its factor of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-
-
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then a cosine that ends at 0."""
-    warmup = round(config.warmup_fraction * total_steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _log_groups(groups: list[dict[str, Any]], undecayed: list[str], weight_decay: float) -> None:

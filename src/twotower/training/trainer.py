@@ -35,8 +35,9 @@ from twotower.train_config import Precision, TrainConfig
 from twotower.training import resume
 from twotower.training.inputs import TrainingInputs
 from twotower.training.loss import clip_loss
-from twotower.training.optim import build_optimizer, learning_rate
+from twotower.training.optim import build_optimizer
 from twotower.training.sampler import GlobalBatchSampler, check_batch_size
+from twotower.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
