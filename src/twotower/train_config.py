@@ -143,7 +143,9 @@ class TrainConfig(Section):
     early_stopping: bool = setting(False, "end when the watched metric no longer improves")
     patience: int = setting(5, "early stopping: validations without improvement", ge=1)
     min_change: float = setting(
-        0.0, "early stopping: smallest rise of the metric that is an improvement", ge=0
+        0.0,
+        "early stopping and plateau: smallest rise of the metric that is an improvement",
+        ge=0,
     )
     stop_on_forgetting: float = setting(
         0.0, "end when the probe's metric falls by more than this many points; 0 never", ge=0

@@ -18,7 +18,8 @@ from twotower.models.locking import (
     trainable_batch_norms,
 )
 from twotower.models.preprocess import ImageInput, rgb
-from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input, stages
+from twotower.models.stages import encoder_stages
+from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input
 from twotower.settings import ConfigError, setting
 
 
@@ -147,11 +148,13 @@ def _lock(image_trunk: nn.Module, text_trunk: nn.Module, config: BertResnetConfi
     """Lock what the config says; fully locked trunks are left to `Tower`."""
     if config.image_unlocked_stages > 0:
         key = "model.image_unlocked_stages"
-        lock_all_but(stages(image_trunk), config.image_unlocked_stages, key)
+        none = f"{key}: this image encoder has no stages; use -1 or 0"
+        lock_all_but(encoder_stages(image_trunk, none), config.image_unlocked_stages, key)
         keep_locked_parts_in_evaluation(image_trunk)
     if config.text_unlocked_stages > 0:
         key = "model.text_unlocked_stages"
-        lock_all_but(text_trunk.stages(), config.text_unlocked_stages, key)  # type: ignore[operator]
+        none = f"{key}: this text encoder has no stages; use -1 or 0"
+        lock_all_but(encoder_stages(text_trunk, none), config.text_unlocked_stages, key)
         keep_locked_parts_in_evaluation(text_trunk)
     from_random = config.image_weights == RANDOM and config.image_unlocked_stages != 0
     if from_random and config.batch_norm is BatchNorm.frozen and trainable_batch_norms(image_trunk):

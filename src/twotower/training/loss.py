@@ -221,16 +221,17 @@ class _Blocks(torch.autograd.Function):
             rows = slice(start, min(start + block, count))
             own = torch.arange(rows.start, rows.stop, device=keys.device) + first_row
             parts = [tensor[rows].detach().requires_grad_(wanted) for tensor in inputs[:2]]
+            image, text, all_image, all_text, scale, bias = leaves = [*parts, *shared]
             with torch.set_grad_enabled(wanted):
                 value = row_loss(
-                    Pairs(*parts, keys[rows]),
-                    Pairs(*shared[:2], all_keys),
+                    Pairs(image, text, keys[rows]),
+                    Pairs(all_image, all_text, all_keys),
                     own,
-                    Temperature(*shared[2:]),
+                    Temperature(scale, bias),
                 )
             total += value.detach()
             if wanted:
-                found = torch.autograd.grad(value, [*parts, *shared], allow_unused=True)
+                found = torch.autograd.grad(value, leaves, allow_unused=True)
                 del value
                 into = [whole[rows] for whole in gradients[:2]] + gradients[2:]
                 for whole, addend in zip(into, found, strict=True):

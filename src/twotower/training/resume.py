@@ -39,7 +39,7 @@ class Progress:
     compared: float | None = None
     probe: float | None = None
     ended: str = ""
-    schedule: dict[str, float] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def observe(self, value: float, min_change: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,16 +26,19 @@ from twotower.settings import ConfigError
 from twotower.tracking import MetricWriter
 from twotower.train_config import Precision, TrainConfig
 from twotower.training import resume
+from twotower.training.average import WeightAverage
 from twotower.training.gradient import Gradient, Inputs
 from twotower.training.inputs import TrainingInputs
 from twotower.training.kept import save_last
 from twotower.training.loss import Loss
-from twotower.training.optim import build_optimizer, learning_rate
+from twotower.training.optim import build_optimizer, set_learning_rate
 from twotower.training.sampler import GlobalBatchSampler, check_batch_size
+from twotower.training.schedule import Plateau, learning_rate
 from twotower.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
+AVERAGE = "average."  # begins the names of the averaged weights among the tensors of a resume
 AGREE_EVERY = 4  # steps between two questions among the ranks whether to save or stop
 
 
@@ -77,6 +81,8 @@ class Trainer:
         in_parts = 0 < micro < config.batch_size // world
         apply_batch_norm_policy(inputs.model, bundle.config.batch_norm, world, in_parts)
         self.optimizer = build_optimizer(inputs.model, config)
+        self.plateau = Plateau.of(config)
+        self.average = WeightAverage.of(inputs.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
         self.parallel: nn.Module = inputs.model
         if world > 1:
@@ -182,8 +188,8 @@ class Trainer:
             ConfigError: the loss is not finite; the weights are those before the step.
         """
         rate = learning_rate(self.state.step, self.total_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate *= self.plateau.scale if self.plateau else 1.0
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         inputs = Inputs(
             images=batch.images.to(self.device, non_blocking=True),
@@ -200,6 +206,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.inputs.model.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update()
         self.state.step += 1
         return {
             "train/loss": value,
@@ -237,13 +245,17 @@ class Trainer:
         Raises:
             ConfigError: there is no metric of the name that `train.watch` gives.
         """
-        metrics = self.validator.metrics()
-        writer.write(self.state.step, metrics)
-        better = self.state.observe(self.watched(metrics), self.config.min_change)
+        with self.average.swapped() if self.average else nullcontext():
+            metrics = self.validator.metrics()
+            watched = self.watched(metrics)
+            better = self.state.observe(watched, self.config.min_change)
+            if better and is_main_process():
+                report = {k.removeprefix("val/"): v for k, v in metrics.items() if "val/" in k}
+                save_bundle(self.paths.best, self.bundle, **self.about(), metrics=report)
         self.state.validated = self.state.step
-        if better and is_main_process():
-            report = {k.removeprefix("val/"): v for k, v in metrics.items() if "val/" in k}
-            save_bundle(self.paths.best, self.bundle, **self.about(), metrics=report)
+        writer.write(self.state.step, metrics)
+        if self.plateau is not None and self.plateau.observe(watched):
+            log.info("the learning rate is lowered to %.3g of its schedule", self.plateau.scale)
         log.info(
             "step %d of %d: text->image R@1/5/10 %s, image->text %s%s",
             self.state.step,
@@ -315,7 +327,10 @@ class Trainer:
     def save(self) -> None:
         """Write the newest checkpoint with all that a resumed run needs; every rank calls it."""
         about = self.about()
+        self.state.schedule = self.plateau.state_dict() if self.plateau else {}
         tensors, training = resume.collect(self.state, self.optimizer, self.scaler)
+        if self.average is not None:
+            tensors |= {f"{AVERAGE}{k}": v for k, v in self.average.state_dict().items()}
         if is_main_process():
             finished = self.finished and self.state.step == self.state.validated
             about |= {"finished": finished, "training": training}
@@ -327,6 +342,11 @@ class Trainer:
         """Go on from the newest checkpoint, bit for bit as if the run had not stopped."""
         header, tensors = load_weights(self.paths.last, self.bundle)
         self.state = resume.restore(tensors, header["training"], self.optimizer, self.scaler)
+        if self.plateau is not None and self.state.schedule:
+            self.plateau.load_state_dict(self.state.schedule)
+        if self.average is not None:
+            own = {k: v for k, v in tensors.items() if k.startswith(AVERAGE)}
+            self.average.load_state_dict({k.removeprefix(AVERAGE): v for k, v in own.items()})
         log.info("going on from step %d of %d", self.state.step, self.total_steps)
 
 
