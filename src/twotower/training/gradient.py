@@ -157,7 +157,7 @@ def _gradient_of(leaf: Tensor) -> Tensor:
 def _unsynchronised(parallel: nn.Module) -> AbstractContextManager[Any]:
     """DDP sums over ranks only in the backward pass that is not under this."""
     if isinstance(parallel, DistributedDataParallel):
-        return parallel.no_sync()  # type: ignore[no-any-return]
+        return parallel.no_sync()
     return contextlib.nullcontext()
 
 

@@ -9,7 +9,7 @@ is the loss of the full batch (the "local loss" form).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,10 @@ from twotower.registry import Registry
 from twotower.settings import setting
 from twotower.train_config import LossConfig, SameImage
 
-BLOCK_ELEMENTS = 2**22  # logits held at once: 16 MiB in fp32, a few times that with their gradients
+# Logits held at once: 4 MiB in fp32, a few times that with their gradient. Of large batches more,
+# since each block adds to the gradient of all columns.
+BLOCK_ELEMENTS = 2**20
+MIN_BLOCK_ROWS = 256
 
 
 class Pairs(NamedTuple):
@@ -44,8 +47,9 @@ class Temperature(NamedTuple):
     bias: Tensor
 
 
-RowLoss = Callable[[Pairs, Pairs, Tensor, Temperature], Tensor]
-"""(rows (b), columns (N), the rows' own columns (b,), temperature) -> the rows' losses, summed."""
+RowLoss = Callable[[Pairs, Pairs, Tensor, Temperature], Iterator[Tensor]]
+"""(rows (b), columns (N), the rows' own columns (b,), temperature) -> terms whose sum is the sum of
+the rows' losses; each is differentiated and freed before the next one is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class Loss:
         initial: (logit_scale as a logarithm, logit_bias); None keeps the model's own, without bias.
     """
 
-    rows: RowLoss
+    terms: RowLoss
     initial: tuple[float, float] | None = None
 
 
@@ -100,7 +104,9 @@ def build_clip_loss(config: LossConfig) -> Loss:
     equation 2), `mask` leaves them out of the sum, `ignore` takes them for negatives.
     """
 
-    def rows_loss(rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature) -> Tensor:
+    def rows_loss(
+        rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature
+    ) -> Iterator[Tensor]:
         same = None if config.same_image is SameImage.ignore else same_pairs(rows, columns)
 
         def one_way(queries: Tensor, items: Tensor) -> Tensor:
@@ -115,9 +121,10 @@ def build_clip_loss(config: LossConfig) -> Loss:
                 logits, positives / positives.sum(1, keepdim=True), reduction="sum"
             )
 
-        return (one_way(rows.image, columns.text) + one_way(rows.text, columns.image)) / 2
+        yield one_way(rows.image, columns.text) / 2
+        yield one_way(rows.text, columns.image) / 2
 
-    return Loss(rows=rows_loss)
+    return Loss(terms=terms)
 
 
 @LOSSES.register("siglip", SiglipLossConfig)
@@ -128,7 +135,9 @@ def build_siglip_loss(config: LossConfig) -> Loss:
     them for mismatches.
     """
 
-    def rows_loss(rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature) -> Tensor:
+    def rows_loss(
+        rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature
+    ) -> Iterator[Tensor]:
         logits = temperature.scale * (rows.image @ columns.text.T) + temperature.bias  # (b, N)
         matches = _own_columns(own, len(columns.text))
         if config.same_image is SameImage.positive:
@@ -136,9 +145,9 @@ def build_siglip_loss(config: LossConfig) -> Loss:
         losses = F.softplus(torch.where(matches, -logits, logits))
         if config.same_image is SameImage.mask:
             losses = losses.masked_fill(same_pairs(rows, columns) & ~matches, 0.0)
-        return losses.sum()
+        yield losses.sum()
 
-    return Loss(rows=rows_loss, initial=(math.log(10), -10.0))
+    return Loss(terms=terms, initial=(math.log(10), -10.0))
 
 
 @LOSSES.register("soft_target", SoftTargetLossConfig)
@@ -149,7 +158,9 @@ def build_soft_target_loss(config: SoftTargetLossConfig) -> Loss:
     pairs of one image: `positive` counts as 1, `mask` leaves them out, `ignore` is as measured.
     """
 
-    def rows_loss(rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature) -> Tensor:
+    def rows_loss(
+        rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature
+    ) -> Iterator[Tensor]:
         factor = config.target_scale or temperature.scale.detach()
         with torch.no_grad():
             alike = (rows.image @ columns.image.T + rows.text @ columns.text.T) / 2  # (b, N)
@@ -165,9 +176,10 @@ def build_soft_target_loss(config: SoftTargetLossConfig) -> Loss:
             likely = logits.masked_fill(left_out, -math.inf).log_softmax(1)
             return -(targets * likely.masked_fill(left_out, 0.0)).sum()
 
-        return (one_way(rows.image, columns.text) + one_way(rows.text, columns.image)) / 2
+        yield one_way(rows.image, columns.text) / 2
+        yield one_way(rows.text, columns.image) / 2
 
-    return Loss(rows=rows_loss)
+    return Loss(terms=terms)
 
 
 def contrastive_loss(
@@ -190,11 +202,9 @@ def contrastive_loss(
     Returns:
         The mean over the B rows, in nats, a scalar; for features that tell nothing, ln N (softmax).
     """
-    rows = block_rows or max(1, BLOCK_ELEMENTS // len(everyone.image))
+    rows = block_rows or max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // len(everyone.image))
     blocks = (local.keys, everyone.keys, first_row, rows)
-    value: Tensor = _Blocks.apply(  # type: ignore[no-untyped-call]
-        loss.rows, blocks, *local[:2], *everyone[:2], *temperature
-    )
+    value: Tensor = _Blocks.apply(loss.terms, blocks, *local[:2], *everyone[:2], *temperature)
     return value
 
 
@@ -222,21 +232,17 @@ class _Blocks(torch.autograd.Function):
             own = torch.arange(rows.start, rows.stop, device=keys.device) + first_row
             parts = [tensor[rows].detach().requires_grad_(wanted) for tensor in inputs[:2]]
             image, text, all_image, all_text, scale, bias = leaves = [*parts, *shared]
+            into = [whole[rows] for whole in gradients[:2]] + gradients[2:]
             with torch.set_grad_enabled(wanted):
-                value = row_loss(
+                for term in row_loss(
                     Pairs(image, text, keys[rows]),
                     Pairs(all_image, all_text, all_keys),
                     own,
                     Temperature(scale, bias),
-                )
-            total += value.detach()
-            if wanted:
-                found = torch.autograd.grad(value, leaves, allow_unused=True)
-                del value
-                into = [whole[rows] for whole in gradients[:2]] + gradients[2:]
-                for whole, addend in zip(into, found, strict=True):
-                    if addend is not None:
-                        whole += addend
+                ):
+                    total += term.detach()
+                    if wanted:
+                        _add_gradient(term, leaves, into)
         ctx.save_for_backward(*gradients)
         ctx.count = count
         return total / count
@@ -245,3 +251,10 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = outputs
         return (None, None, *(factor / ctx.count * part for part in ctx.saved_tensors))
+
+
+def _add_gradient(term: Tensor, leaves: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    found = torch.autograd.grad(term, leaves, allow_unused=True)
+    for whole, addend in zip(into, found, strict=True):
+        if addend is not None:
+            whole += addend
