@@ -15,6 +15,7 @@ from twotower.settings import Choice, ConfigError, Section, setting
 from twotower.train_config import LossConfig, Precision, TrainConfig
 
 MAX_SEED = 2**32 - 1  # the largest that every library takes
+ALL = -1  # every stage of an encoder is trained
 
 
 class Device(enum.Enum):
@@ -68,6 +69,18 @@ class ModelConfig(Choice):
         0.9, "smallest share of a picture's area that a random training crop keeps", gt=0, le=1
     )
     flip: bool = setting(False, "mirror every second training picture")
+
+
+@dataclass(kw_only=True)
+class PretrainedConfig(ModelConfig):
+    """What the variants with pretrained encoders share: what of them is trained, and how."""
+
+    image_unlocked_stages: int = setting(
+        ALL, "last stages of the image encoder that are trained; -1 is all, 0 none", ge=ALL
+    )
+    text_unlocked_stages: int = setting(
+        ALL, "last stages of the text encoder that are trained; -1 is all, 0 none", ge=ALL
+    )
 
 
 @dataclass(kw_only=True)

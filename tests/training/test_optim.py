@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,15 @@ from tests.helpers import tiny_bundle
 from tests.models.tiny import VIT, bert_config, make_clip, write_bert
 from twotower.models.dual_encoder import MODELS, DualEncoder
 from twotower.settings import ConfigError
-from twotower.train_config import TrainConfig
-from twotower.training.optim import build_optimizer, set_learning_rate
+from twotower.train_config import Optimizer, TrainConfig
+from twotower.training import optim
+from twotower.training.optim import (
+    build_optimizer,
+    check_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +160,114 @@ def test_the_order_of_the_groups_does_not_depend_on_the_run(bert):
         groups = build_optimizer(model, config).param_groups
         orders.append([[names[id(p)] for p in group["params"]] for group in groups])
     assert orders[0] == orders[1]
+
+
+class Fused(torch.optim.SGD):
+    """Stands in for apex's: records its arguments, counts steps a group, keeps two moments."""
+
+    def __init__(self, params, lr, **arguments):
+        self.arguments = arguments
+        super().__init__(params, lr=lr)
+
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"] = state.get("exp_avg", 0) * 0.9 + parameter.grad
+        super().step()
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """A package with apex's optimisers, and a model that says that it is on a GPU."""
+    module, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = type("FusedAdam", (Fused,), {})
+    optimizers.FusedLAMB = type("FusedLAMB", (Fused,), {})
+    module.optimizers = optimizers
+    monkeypatch.setitem(sys.modules, "apex", module)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    monkeypatch.setattr(optim, "_device", lambda model: torch.device("cuda"))
+    return optimizers
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [(Optimizer.fused_adam, {}), (Optimizer.fused_lamb, {"max_grad_norm": math.inf})],
+)
+def test_apexs_optimisers_get_the_same_groups_and_settings(apex, kind, extra):
+    config = TrainConfig(optimizer=kind, lr=0.5, beta2=0.95, eps=1e-7, image_lr_scale=0.1)
+    model = tiny_bundle().model
+    made = build_optimizer(model, config)
+    assert type(made).__name__ == {"fused_adam": "FusedAdam", "fused_lamb": "FusedLAMB"}[kind.name]
+    assert made.arguments == {"betas": (0.9, 0.95), "eps": 1e-7, "adam_w_mode": True, **extra}
+    for group, expected in zip(
+        made.param_groups, optim.parameter_groups(model, config), strict=True
+    ):
+        assert all(a is b for a, b in zip(group["params"], expected["params"], strict=True))
+        for key in ("lr", "lr_scale", "weight_decay"):
+            assert group[key] == expected[key]
+
+
+def test_apexs_optimisers_are_refused_where_they_cannot_run(apex, monkeypatch):
+    lamb = TrainConfig(optimizer=Optimizer.fused_lamb)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    check_optimizer(lamb, cuda)
+    check_optimizer(TrainConfig(), cpu)
+
+    def sentence(device):
+        with pytest.raises(ConfigError) as raised:
+            check_optimizer(lamb, device)
+        return str(raised.value)
+
+    assert sentence(cpu) == (
+        "train.optimizer=fused_lamb needs a CUDA device; use train.optimizer=adamw"
+    )
+    missing = (
+        "train.optimizer=fused_lamb needs NVIDIA's apex, which is not installed; build it from "
+        "github.com/NVIDIA/apex (apex on PyPI is another package), or use train.optimizer=adamw"
+    )
+    del apex.FusedLAMB
+    assert sentence(cuda) == missing
+    monkeypatch.setitem(sys.modules, "apex", None)
+    assert sentence(cuda) == missing
+    with pytest.raises(ConfigError, match="needs NVIDIA's apex"):
+        build_optimizer(tiny_bundle().model, lamb)
+
+
+def test_apex_without_its_extensions_gets_a_sentence(apex):
+    def refuse(*_, **__):
+        raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+
+    apex.FusedAdam = refuse
+    with pytest.raises(ConfigError, match="requires cuda extensions; build apex with its CUDA"):
+        build_optimizer(tiny_bundle().model, TrainConfig(optimizer=Optimizer.fused_adam))
+
+
+def steps(model, optimizer, numbers):
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", list(Optimizer))
+def test_a_resumed_optimiser_goes_on_bit_for_bit(apex, kind, monkeypatch):
+    if kind is Optimizer.adamw:
+        monkeypatch.undo()
+    config = TrainConfig(optimizer=kind, image_lr_scale=0.1)
+    whole, first, second = (tiny_bundle(seed).model for seed in (0, 0, 1))
+    made = [build_optimizer(model, config) for model in (whole, first, second)]
+    steps(whole, made[0], range(6))
+    steps(first, made[1], range(3))
+    second.load_state_dict(first.state_dict())
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(made[1]).items()}
+    load_optimizer_tensors(made[2], tensors)
+    steps(second, made[2], range(3, 6))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    found, expected = (optimizer_tensors(optimizer) for optimizer in (made[2], made[0]))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(name.startswith("group") for name in found) == (kind is not Optimizer.adamw)

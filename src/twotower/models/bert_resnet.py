@@ -8,17 +8,15 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from twotower.config import BatchNorm, ModelConfig
+from twotower.config import BatchNorm, PretrainedConfig
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle, Tower
 from twotower.models.huggingface_text import Pooling, load_text, rebuild_text
 from twotower.models.locking import (
-    ALL,
     keep_locked_parts_in_evaluation,
-    lock_all_but,
+    lock_stages,
     trainable_batch_norms,
 )
 from twotower.models.preprocess import ImageInput, rgb
-from twotower.models.stages import encoder_stages
 from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input
 from twotower.settings import ConfigError, setting
 
@@ -31,7 +29,7 @@ class HeadKind(enum.Enum):
 
 
 @dataclass(kw_only=True)
-class BertResnetConfig(ModelConfig):
+class BertResnetConfig(PretrainedConfig):
     """Two pretrained encoders of any kind, and the heads between them."""
 
     text_encoder: str = setting(
@@ -54,12 +52,6 @@ class BertResnetConfig(ModelConfig):
     head: HeadKind = setting(HeadKind.linear, "projection heads: linear or mlp")
     head_width: int = setting(1024, "hidden width of an mlp head", ge=1)
     head_dropout: float = setting(0.0, "dropout inside the heads", ge=0, lt=1)
-    image_unlocked_stages: int = setting(
-        ALL, "last stages of the image encoder that are trained; -1 is all, 0 none", ge=ALL
-    )
-    text_unlocked_stages: int = setting(
-        ALL, "last layers of the text encoder that are trained; -1 is all, 0 none", ge=ALL
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,16 +138,10 @@ def _as_configured(image_input: ImageInput, config: BertResnetConfig) -> ImageIn
 
 def _lock(image_trunk: nn.Module, text_trunk: nn.Module, config: BertResnetConfig) -> None:
     """Lock what the config says; fully locked trunks are left to `Tower`."""
-    if config.image_unlocked_stages > 0:
-        key = "model.image_unlocked_stages"
-        none = f"{key}: this image encoder has no stages; use -1 or 0"
-        lock_all_but(encoder_stages(image_trunk, none), config.image_unlocked_stages, key)
-        keep_locked_parts_in_evaluation(image_trunk)
-    if config.text_unlocked_stages > 0:
-        key = "model.text_unlocked_stages"
-        none = f"{key}: this text encoder has no stages; use -1 or 0"
-        lock_all_but(encoder_stages(text_trunk, none), config.text_unlocked_stages, key)
-        keep_locked_parts_in_evaluation(text_trunk)
+    lock_stages(image_trunk, config.image_unlocked_stages, "image")
+    lock_stages(text_trunk, config.text_unlocked_stages, "text")
+    for trunk in (image_trunk, text_trunk):
+        keep_locked_parts_in_evaluation(trunk)
     from_random = config.image_weights == RANDOM and config.image_unlocked_stages != 0
     if from_random and config.batch_norm is BatchNorm.frozen and trainable_batch_norms(image_trunk):
         raise ConfigError(

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twotower.config import BatchNorm
+from twotower.config import ALL, BatchNorm
 from twotower.distributed import is_main_process
+from twotower.models.stages import encoder_stages
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
-
-ALL = -1  # every stage is trained
 
 
 def lock_all_but(stages: Sequence[Sequence[nn.Parameter]], unlocked: int, key: str) -> None:
@@ -34,6 +33,18 @@ def lock_all_but(stages: Sequence[Sequence[nn.Parameter]], unlocked: int, key: s
     for stage in stages[: len(stages) - unlocked]:
         for parameter in stage:
             parameter.requires_grad_(False)
+
+
+def lock_stages(trunk: nn.Module, unlocked: int, side: str) -> None:
+    """Train the last `unlocked` stages of an encoder; what is locked altogether is left to `Tower`.
+
+    Raises:
+        ConfigError: the encoder of this side (image or text) has fewer stages, or none.
+    """
+    if unlocked > 0:
+        key = f"model.{side}_unlocked_stages"
+        none = f"{key}: this {side} encoder has no stages; use -1 or 0"
+        lock_all_but(encoder_stages(trunk, none), unlocked, key)
 
 
 def _evaluate(module: nn.Module, _: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.checkpoint.download import cached_file, download, reach_hub
 from twotower.checkpoint.openai import Architecture, clip_weights, infer_architecture, read_openai
-from twotower.config import ModelConfig
+from twotower.config import PretrainedConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.openai_clip import (
     ARCHITECTURES,
@@ -31,7 +31,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 @dataclass(kw_only=True)
-class OpenaiFinetuneConfig(ModelConfig):
+class OpenaiFinetuneConfig(PretrainedConfig):
     """A pretrained CLIP and what of it is trained."""
 
     architecture: str = setting(
@@ -46,8 +46,6 @@ class OpenaiFinetuneConfig(ModelConfig):
         "auto: what the weights were trained with (a file: quick_gelu, as OpenAI's); or "
         "quick_gelu, gelu",
     )
-    lock_image: bool = setting(False, "keep the image tower as it is")
-    lock_text: bool = setting(False, "keep the text tower as it is")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,9 +54,10 @@ class OpenaiFinetuneConfig(ModelConfig):
             raise ConfigError(
                 f"model.architecture has no {self.architecture!r}; it is one of {', '.join(names)}"
             )
-        if self.lock_image and self.lock_text:
+        if self.image_unlocked_stages == self.text_unlocked_stages == 0:
             raise ConfigError(
-                "model.lock_image and model.lock_text together leave nothing to train; unlock one"
+                "model.image_unlocked_stages=0 and model.text_unlocked_stages=0 leave nothing to "
+                "train; unlock a stage of one (1 is its projection)"
             )
 
 
@@ -96,8 +95,8 @@ def build_openai_finetune(
         architecture,
         image_input,
         quick_gelu=quick_gelu,
-        lock_image=config.lock_image,
-        lock_text=config.lock_text,
+        image_unlocked=config.image_unlocked_stages,
+        text_unlocked=config.text_unlocked_stages,
     )
     if source is not None:
         load_openai_weights(model, source.weights, source.name)

@@ -26,7 +26,7 @@ def encoder_stages(trunk: nn.Module, otherwise: str) -> Stages:
     Raises:
         ConfigError: the encoder does not tell its stages; `otherwise` is the sentence.
     """
-    encoder = _without_pixel_norm(trunk)
+    encoder = bare_encoder(trunk)
     if isinstance(encoder, HuggingFaceText):
         return encoder.stages()
     if hasattr(encoder, "group_matcher"):
@@ -36,8 +36,8 @@ def encoder_stages(trunk: nn.Module, otherwise: str) -> Stages:
     raise ConfigError(otherwise)
 
 
-def _without_pixel_norm(trunk: nn.Module) -> nn.Module:
-    """An image trunk is its normalisation and the encoder."""
+def bare_encoder(trunk: nn.Module) -> nn.Module:
+    """A trunk without the pixel normalisation that stands before an image encoder."""
     if isinstance(trunk, nn.Sequential) and len(trunk) == 2 and isinstance(trunk[0], PixelNorm):
         return trunk[1]
     return trunk

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twotower.distributed import is_main_process
 from twotower.models.dual_encoder import Tower
 from twotower.models.stages import encoder_stages
-from twotower.train_config import TrainConfig
+from twotower.settings import ConfigError
+from twotower.train_config import Optimizer, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -90,19 +93,94 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     return made
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters of a model.
+def check_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Refuse early what cannot run on a device.
 
     Raises:
-        ConfigError: as `learning_rate_factors`.
+        ConfigError: one of apex's optimisers is asked for on a CPU, or apex is not installed.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=any(p.is_cuda for p in model.parameters()) or None,
-    )
+    if config.optimizer is not Optimizer.adamw:
+        _apex_class(config.optimizer, device)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), or apex's fused Adam or LAMB (You et al. 2020).
+
+    Raises:
+        ConfigError: as `learning_rate_factors` and `check_optimizer`.
+    """
+    device = _device(model)
+    groups = parameter_groups(model, config)
+    betas = (config.beta1, config.beta2)
+    if config.optimizer is Optimizer.adamw:
+        fused = device.type == "cuda" or None
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    # LAMB would clip the gradient to a norm of 1 by itself; that is the trainer's to do.
+    extra = {"max_grad_norm": math.inf} if config.optimizer is Optimizer.fused_lamb else {}
+    made = _apex_class(config.optimizer, device)
+    try:
+        optimizer: torch.optim.Optimizer = made(
+            groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True, **extra
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.optimizer={config.optimizer.name}: {error}; build apex with its CUDA "
+            "extensions, or use train.optimizer=adamw"
+        ) from error
+    return optimizer
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _apex_class(kind: Optimizer, device: torch.device) -> Any:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer={kind.name} needs a CUDA device; use train.optimizer=adamw"
+        )
+    try:
+        from apex import optimizers
+
+        return getattr(
+            optimizers, {"fused_adam": "FusedAdam", "fused_lamb": "FusedLAMB"}[kind.name]
+        )
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"train.optimizer={kind.name} needs NVIDIA's apex, which is not installed; build it "
+            "from github.com/NVIDIA/apex (apex on PyPI is another package), or use "
+            "train.optimizer=adamw"
+        ) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a resumed run needs of an optimiser: `<parameter>.<name>`, and apex's steps.
+
+    apex counts steps a group, `group<number>.step`; torch counts them a parameter.
+    """
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    for number, group in enumerate(state["param_groups"]):
+        if "step" in group:
+            tensors[f"group{number}.step"] = torch.as_tensor(group["step"])
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, into an optimiser of the same model and config."""
+    state = optimizer.state_dict()
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, key = name.split(".", 1)
+        if owner.startswith("group"):
+            state["param_groups"][int(owner.removeprefix("group"))][key] = int(tensor)
+        else:
+            moments.setdefault(int(owner), {})[key] = tensor
+    optimizer.load_state_dict({**state, "state": moments})
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
