@@ -44,8 +44,8 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "run"),
-    "train": ("model", "data", "train", "evaluate", "distributed", "run"),
-    "evaluate": ("data", "evaluate", "distributed", "run"),
+    "train": ("model", "data", "train", "evaluate", "zeroshot", "distributed", "run"),
+    "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
     "search": ("index", "search", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),
