@@ -122,6 +122,7 @@ class RunConfig(Section):
         "${twotower.run_name:}",
         "names logs/<name> and models/<name>; by default <model>-<data>-<hash of the config>",
     )
+    wandb_project: str = setting("twotower", "Weights & Biases project of train.wandb=true")
     models_dir: str = setting("models", "folder of checkpoints and stores")
     logs_dir: str = setting("logs", "folder of logs, metrics and figures")
 
@@ -160,6 +161,24 @@ class EvaluateConfig(Section):
     bootstrap: int = setting(
         1000, "resamples over images behind the 95 % intervals; 0 gives none", ge=0
     )
+    max_sentences: int = setting(20, "captions on the sheet of matches", ge=1, le=200)
+    max_matches: int = setting(5, "pictures beside each of them", ge=1, le=50)
+
+
+@dataclass(kw_only=True)
+class ZeroShotConfig(Section):
+    """Zero-shot classification of pictures whose class is known."""
+
+    section: ClassVar[str] = "zeroshot"
+
+    classes: str = setting(
+        "",
+        "file with a class a line (or the data's label, a tab, and words); empty: the data's own",
+    )
+    templates: str = setting(
+        "openai80", "prompts: openai80, simple7 (quicker), or a file, one a line with {} in it"
+    )
+    top_k: list[int] = setting([1, 5], "classes that an image may be among to be a hit", ge=1)
 
 
 @dataclass(kw_only=True)
@@ -254,6 +273,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    zeroshot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)

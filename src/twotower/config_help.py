@@ -45,8 +45,11 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "run"),
-    "train": ("model", "data", "loss", "train", "evaluate", "probe", "distributed", "run"),
-    "evaluate": ("data", "evaluate", "distributed", "run"),
+    "train": (
+        *("model", "data", "loss", "train", "evaluate", "zeroshot", "probe"),
+        *("distributed", "run"),
+    ),
+    "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
     "search": ("index", "search", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),

@@ -40,6 +40,9 @@ class ManifestConfig(SplitConfig):
     image_id_column: str = setting(
         "image_id", "column that says which rows are one image; without it the file path says so"
     )
+    class_column: str = setting(
+        "class", "column of what a picture shows, for zero-shot classification, if there is one"
+    )
 
 
 @DATASETS.register("manifest", ManifestConfig)
@@ -105,6 +108,7 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
         config.caption_column,
         config.split_column,
         config.image_id_column,
+        config.class_column,
     )
 
     def read(threads: bool) -> pa.Table:
@@ -122,15 +126,17 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
 
 
 def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa.Table:
-    """Rename to filepath, caption, split and image_id, as text, and keep what else there is."""
+    """Rename to filepath, caption, split, image_id and class, as text; keep what else there is."""
     wanted = {
         "filepath": config.filepath_column,
         "caption": config.caption_column,
         "split": config.split_column,
         "image_id": config.image_id_column,
+        "class": config.class_column,
     }
     optional = ["split"] if config.split_column in ("", "split") else []
     optional += ["image_id"] if config.image_id_column in ("", "image_id") else []
+    optional += ["class"] if config.class_column in ("", "class") else []
     optional += [] if config.caption_column else ["caption"]
     there = {}
     for name, column in wanted.items():
@@ -143,7 +149,7 @@ def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa
                 f"{path} has no column {column}; it has {', '.join(table.column_names)} "
                 f"(data.{name}_column chooses another)"
             )
-    for name in there.keys() - {"caption"}:
+    for name in there.keys() - {"caption", "class"}:
         _refuse_gaps(there[name], f"{path}: the column {wanted[name]}")
     there.setdefault("caption", pa.nulls(table.num_rows, pa.large_string()))
     there.setdefault("image_id", there["filepath"])

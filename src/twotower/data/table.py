@@ -144,6 +144,20 @@ class PairTable:
         captions: list[str] = pc.list_flatten(lists).to_pylist()
         return captions, torch.from_numpy(rows.astype("int64"))
 
+    def classes(self) -> list[str | None] | None:
+        """What each picture shows, from the column `class`; None without it, or where it is blank.
+
+        Class folders have the column, and a manifest may.
+        """
+        if "class" not in self.table.column_names:
+            return None
+        text = pc.utf8_trim_whitespace(self.table["class"].cast(pa.large_string()))
+        return [label or None for label in text.to_pylist()]
+
+    def has_captions(self) -> bool:
+        """Whether any image has a caption."""
+        return bool(pc.any(pc.greater(pc.list_value_length(self.table["captions"]), 0)).as_py())
+
     def with_captions(self) -> PairTable:
         """The images that have a caption: what training and measuring need.
 

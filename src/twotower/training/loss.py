@@ -104,7 +104,7 @@ def build_clip_loss(config: LossConfig) -> Loss:
     equation 2), `mask` leaves them out of the sum, `ignore` takes them for negatives.
     """
 
-    def rows_loss(
+    def terms(
         rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature
     ) -> Iterator[Tensor]:
         same = None if config.same_image is SameImage.ignore else same_pairs(rows, columns)
@@ -135,7 +135,7 @@ def build_siglip_loss(config: LossConfig) -> Loss:
     them for mismatches.
     """
 
-    def rows_loss(
+    def terms(
         rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature
     ) -> Iterator[Tensor]:
         logits = temperature.scale * (rows.image @ columns.text.T) + temperature.bias  # (b, N)
@@ -158,7 +158,7 @@ def build_soft_target_loss(config: SoftTargetLossConfig) -> Loss:
     pairs of one image: `positive` counts as 1, `mask` leaves them out, `ignore` is as measured.
     """
 
-    def rows_loss(
+    def terms(
         rows: Pairs, columns: Pairs, own: Tensor, temperature: Temperature
     ) -> Iterator[Tensor]:
         factor = config.target_scale or temperature.scale.detach()
