@@ -32,6 +32,16 @@ class RunPaths:
         return self.models / "last.safetensors"
 
     @property
+    def first(self) -> Path:
+        """The weights before the first step, kept where WiSE-FT is asked for."""
+        return self.models / "first.safetensors"
+
+    @property
+    def wise_ft(self) -> Path:
+        """The chosen one of the weights between the first and the last."""
+        return self.models / "wise_ft.safetensors"
+
+    @property
     def store(self) -> Path:
         """The embedding store made from this run's checkpoint."""
         return self.models / "store"

@@ -13,7 +13,7 @@ from twotower.data.pairs import Pair, PairTable
 from twotower.distributed import Stopped
 from twotower.runs import RunPaths
 from twotower.train_config import TrainConfig
-from twotower.training.inputs import prepare_inputs
+from twotower.training.inputs import Examined, prepare_inputs
 from twotower.training.loss import LOSSES, ClipLossConfig
 from twotower.training.trainer import Trainer
 
@@ -41,7 +41,7 @@ def make_trainer(pairs, folder, *, locked=False, dropout=0.0, **settings):
     bundle = tiny_bundle(locked=locked, dropout=dropout)
     torch.manual_seed(5)
     train, val = pairs.split("train"), pairs.split("val")
-    inputs = prepare_inputs(bundle, train, val, config, 5, CPU, folder / "features")
+    inputs = prepare_inputs(bundle, train, Examined(val), config, 5, CPU, folder / "features")
     loss = LOSSES.build(ClipLossConfig())
     return Trainer(bundle, inputs, loss, config, EvaluateConfig(), ProbeConfig(), 5, paths, CPU)
 

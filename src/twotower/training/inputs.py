@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from twotower.data.pairs import ImageTextDataset, PairTable
+from twotower.evaluation.prompts import Prompts
 from twotower.evaluation.retrieval import FeatureInputs, PictureInputs
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.settings import ConfigError
@@ -19,11 +20,18 @@ from twotower.training.feature_cache import CachedImages, caption_features, imag
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
-    """Pairs to measure on, and the image tower's inputs of them."""
+class Examined:
+    """Pairs to measure on, and the prompts of their classes where they have any."""
 
     pairs: PairTable
-    images: Dataset[Tensor | None]
+    prompts: Prompts | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSet(Examined):
+    """The same with the image tower's inputs of the pairs."""
+
+    images: Dataset[Tensor | None] = field(kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +56,12 @@ def _is_cached(tower: torch.nn.Module, config: TrainConfig) -> bool:
 def prepare_inputs(
     bundle: ModelBundle,
     train_pairs: PairTable,
-    val_pairs: PairTable,
+    val: Examined,
     config: TrainConfig,
     seed: int,
     device: torch.device,
     cache_folder: Path,
-    probe_pairs: PairTable | None = None,
+    probe: Examined | None = None,
 ) -> TrainingInputs:
     """Cache what is locked and join the rest.
 
@@ -68,28 +76,35 @@ def prepare_inputs(
         train = CachedImages(train_pairs, features, seed=seed, pairing=config.pairing)
         image_tower = image_tower.get_submodule("head")
 
-        def evaluation_set(pairs: PairTable) -> EvaluationSet:
-            pairs, features = image_features(bundle, pairs, config, device, cache_folder)
-            return EvaluationSet(pairs, FeatureInputs(features))
+        def evaluation_set(of: Examined) -> EvaluationSet:
+            pairs, features = image_features(bundle, of.pairs, config, device, cache_folder)
+            return EvaluationSet(pairs, of.prompts, images=FeatureInputs(features))
 
     else:
         transform = bundle.train_transform
         train = ImageTextDataset(train_pairs, transform, seed=seed, pairing=config.pairing)
 
-        def evaluation_set(pairs: PairTable) -> EvaluationSet:
-            return EvaluationSet(pairs, PictureInputs(pairs, bundle.eval_transform))
+        def evaluation_set(of: Examined) -> EvaluationSet:
+            pictures = PictureInputs(of.pairs, bundle.eval_transform)
+            return EvaluationSet(of.pairs, of.prompts, images=pictures)
 
-    val = evaluation_set(val_pairs)
-    probe = None if probe_pairs is None else evaluation_set(probe_pairs)
+    sets = [evaluation_set(part) for part in (val, probe) if part is not None]
     tokenizer: Callable[[Sequence[str]], Tensor] = bundle.tokenizer
     if _is_cached(text_tower, config):
-        tables = [train_pairs, val.pairs, *([probe.pairs] if probe else [])]
-        captions = [caption for table in tables for caption in table.all_captions()[0]]
-        tokenizer = caption_features(bundle, [*captions, ""], config, device, cache_folder)
+        tables = [train_pairs, *(part.pairs for part in sets)]
+        texts = [caption for table in tables for caption in table.all_captions()[0]]
+        texts += [text for part in sets if part.prompts for text in part.prompts.texts()]
+        tokenizer = caption_features(bundle, [*texts, ""], config, device, cache_folder)
         text_tower = text_tower.get_submodule("head")
     trained = DualEncoder(image_tower, text_tower, model.logit_scale, model.logit_bias)
     if not any(p.requires_grad for name, p in trained.named_parameters() if "." in name):
         raise ConfigError(
             "both towers are locked and have no heads: there is nothing to train; unlock one"
         )
-    return TrainingInputs(model=trained, train=train, val=val, probe=probe, tokenizer=tokenizer)
+    return TrainingInputs(
+        model=trained,
+        train=train,
+        val=sets[0],
+        probe=sets[1] if probe else None,
+        tokenizer=tokenizer,
+    )

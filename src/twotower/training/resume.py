@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twotower.distributed import all_gather_objects, rank, world_size
+from twotower.training.optim import load_optimizer_tensors, optimizer_tensors
+
+OPTIMIZER = "optimizer."  # begins the names of the optimiser's tensors
 
 
 @dataclass(kw_only=True)
@@ -61,10 +64,7 @@ def collect(
 
     Tensors are the optimiser's moments and each rank's random state.
     """
-    tensors = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    tensors = {f"{OPTIMIZER}{k}": v for k, v in optimizer_tensors(optimizer).items()}
     states = [torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
@@ -81,12 +81,8 @@ def restore(
     scaler: torch.amp.GradScaler,
 ) -> Progress:
     """Put back what `collect` gave. With another number of ranks, random states start anew."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            index, key = name.removeprefix("optimizer.").split(".", 1)
-            moments.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    own = {k: v for k, v in tensors.items() if k.startswith(OPTIMIZER)}
+    load_optimizer_tensors(optimizer, {k.removeprefix(OPTIMIZER): v for k, v in own.items()})
     if about["scaler"]:
         scaler.load_state_dict(about["scaler"])
     if about["ranks"] == world_size():

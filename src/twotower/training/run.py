@@ -11,7 +11,7 @@ import torch
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
-from twotower.config import Config
+from twotower.config import Config, ZeroShotConfig
 from twotower.data.pairs import PairTable, load_pairs
 from twotower.distributed import (
     is_main_process,
@@ -21,15 +21,17 @@ from twotower.distributed import (
     resolve_device,
     world_size,
 )
+from twotower.evaluation.prompts import zeroshot_prompts
 from twotower.evaluation.report import describe, report_path, write_report
 from twotower.models.dual_encoder import MODELS, ModelBundle
-from twotower.models.saved import load_weights
+from twotower.models.saved import load_weights, save_bundle
 from twotower.runs import RunPaths
 from twotower.settings import ConfigError, to_plain
-from twotower.training.inputs import prepare_inputs
+from twotower.training.inputs import Examined, prepare_inputs
 from twotower.training.kept import older_checkpoints
 from twotower.training.loss import LOSSES
 from twotower.training.trainer import Trainer, recalls
+from twotower.training.wise_ft import choose, interpolate, put, sweep, write_sweep
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,14 @@ def clear(config: Config) -> None:
         paths.logs.mkdir(parents=True, exist_ok=True)
         curves = [*paths.logs.glob("events.out.tfevents.*"), paths.logs / "metrics.jsonl"]
         reports = [*paths.logs.glob("evaluate/*.json")]
-        for old in (*curves, *reports, *older_checkpoints(paths.models), paths.last, paths.best):
+        for old in (
+            *curves,
+            *reports,
+            *older_checkpoints(paths.models),
+            paths.last,
+            paths.best,
+            paths.first,
+        ):
             old.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
@@ -138,20 +147,26 @@ def start_bundle(config: Config) -> ModelBundle:
     return bundle
 
 
-def probe_pairs(config: Config) -> PairTable | None:
+def examined(source: PairTable, split: str, max_images: int, zeroshot: ZeroShotConfig) -> Examined:
+    """The pairs of a split that are measured on, and their classes' prompts."""
+    pairs = source.split(split).with_captions().head(max_images)
+    return Examined(pairs, zeroshot_prompts(zeroshot, source, pairs))
+
+
+def probe_of(config: Config) -> Examined | None:
     """What the probe measures on, or None without a probe.
 
     Raises:
         ConfigError: the run is to end on forgetting and there is no probe, or its data is missing.
     """
-    if config.probe.data is None:
+    probe = config.probe
+    if probe.data is None:
         if config.train.stop_on_forgetting:
             raise ConfigError(
                 "train.stop_on_forgetting needs a probe; choose its data with data@probe.data=..."
             )
         return None
-    pairs = load_pairs(config.probe.data).split(config.probe.split).with_captions()
-    return pairs.head(config.probe.max_images)
+    return examined(load_pairs(probe.data), probe.split, probe.max_images, config.zeroshot)
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -170,16 +185,17 @@ def build_trainer(config: Config) -> Trainer:
     # From here on each rank draws its own dropout; the data's order is drawn by seed and epoch.
     torch.manual_seed(config.seed * 1009 + rank())
     cache = Path(config.run.models_dir) / "features"
-    val_pairs = pairs.split(config.evaluate.split).head(config.evaluate.max_images)
+    how = config.evaluate
+    val = examined(pairs, how.split, how.max_images, config.zeroshot)
     inputs = prepare_inputs(
         bundle,
         pairs.split("train"),
-        val_pairs,
+        val,
         config.train,
         config.seed,
         device,
         cache,
-        probe_pairs(config),
+        probe_of(config),
     )
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     log.info(
@@ -220,15 +236,39 @@ def train_on_rank(config: Config) -> str:
     trainer.state.seconds += time.monotonic() - start
     if decision != "reuse":
         trainer.run()
+        if config.train.wise_ft:
+            write_wise_ft(trainer)
     # The report is of the best weights, which need not be the last. A finished run lacks it when
     # it was killed here.
     load_weights(paths.best, trainer.bundle)
-    measured = trainer.validator.measure(trainer.inputs.val, config.evaluate.bootstrap)
+    measured = trainer.validator.retrieval(trainer.inputs.val, config.evaluate.bootstrap).report
     if is_main_process():
         seconds = float(read_header(paths.last)["seconds"])
         about = describe(trainer.bundle, paths.best, config, seconds)
         write_report(report, measured, **about)
     return decision
+
+
+def write_wise_ft(trainer: Trainer) -> None:
+    """Measure between the first and the last weights; keep the chosen ones; every rank calls it."""
+    paths, bundle = trainer.paths, trainer.bundle
+    names = [trainer.config.watch]
+    if trainer.inputs.probe is not None:
+        names.append(f"probe/{trainer.probe.metric}")
+    with trainer.averaged():
+        last = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+        load_weights(paths.first, bundle)
+        first = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+        points = sweep(bundle.model, first, last, lambda: trainer.validator.metrics()[0])
+        chosen = choose(points, names)
+        if is_main_process():
+            write_sweep(paths.logs, points, names, chosen)
+            put(bundle.model, interpolate(first, last, chosen))
+            save_bundle(paths.wise_ft, bundle, run=paths.models.name, alpha=chosen)
+            put(bundle.model, last)
+            log.info(
+                "WiSE-FT: alpha %g is in %s; all of them: %s", chosen, paths.wise_ft, paths.logs
+            )
 
 
 def train(config: Config) -> None:

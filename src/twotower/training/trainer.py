@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ from twotower.training.loss import Loss
 from twotower.training.optim import build_optimizer, set_learning_rate
 from twotower.training.sampler import GlobalBatchSampler, check_batch_size
 from twotower.training.schedule import Plateau, learning_rate
-from twotower.training.validation import Validator
+from twotower.training.towers import compile_towers, enable_grad_checkpointing
+from twotower.training.validation import Validator, metric, probe_metric, reason_to_end
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,10 @@ class Trainer:
         )
         in_parts = 0 < micro < config.batch_size // world
         apply_batch_norm_policy(inputs.model, bundle.config.batch_norm, world, in_parts)
+        if config.grad_checkpointing:
+            enable_grad_checkpointing(inputs.model)
+        if config.compile:
+            compile_towers(inputs.model, device)
         self.optimizer = build_optimizer(inputs.model, config)
         self.plateau = Plateau.of(config)
         self.average = WeightAverage.of(inputs.model, config)
@@ -100,7 +105,6 @@ class Trainer:
         self.validator = Validator(
             inputs=inputs,
             evaluate=evaluate,
-            probe=probe,
             device=device,
             precision=config.precision,
         )
@@ -123,6 +127,8 @@ class Trainer:
             Stopped: after Ctrl-C or SIGTERM, when the state is saved.
             ConfigError: the loss is no longer finite.
         """
+        if self.config.wise_ft and self.state.step == 0 and is_main_process():
+            save_bundle(self.paths.first, self.bundle, **self.about())
         what = f"training {self.bundle.config.registered_name}"
         total = self.total_steps * self.config.batch_size
         with (
@@ -243,59 +249,47 @@ class Trainer:
         """Measure, keep the best checkpoint, and see whether the run should end here.
 
         Raises:
-            ConfigError: there is no metric of the name that `train.watch` gives.
+            ConfigError: a metric that is to be watched is not measured.
         """
-        with self.average.swapped() if self.average else nullcontext():
-            metrics = self.validator.metrics()
-            watched = self.watched(metrics)
-            better = self.state.observe(watched, self.config.min_change)
+        state = self.state
+        with self.averaged():
+            metrics, measured = self.validator.metrics()
+            watched = metric(metrics, self.config.watch, "train.watch")
+            better = state.observe(watched, self.config.min_change)
             if better and is_main_process():
                 report = {k.removeprefix("val/"): v for k, v in metrics.items() if "val/" in k}
                 save_bundle(self.paths.best, self.bundle, **self.about(), metrics=report)
-        self.state.validated = self.state.step
-        writer.write(self.state.step, metrics)
-        if self.plateau is not None and self.plateau.observe(watched):
-            log.info("the learning rate is lowered to %.3g of its schedule", self.plateau.scale)
+        state.validated = state.step
+        writer.write(state.step, metrics)
         log.info(
             "step %d of %d: text->image R@1/5/10 %s, image->text %s%s",
-            self.state.step,
+            state.step,
             self.total_steps,
             recalls(metrics, "val/text_to_image"),
             recalls(metrics, "val/image_to_text"),
             "  (best so far)" if better else "",
         )
-        self.watch_probe(metrics)
-        if self.config.early_stopping and self.state.stale >= self.config.patience:
-            self.end(f"{self.config.watch} has not improved in {self.state.stale} validations")
+        self.conclude(metrics, watched)
         barrier()
 
-    def watched(self, metrics: dict[str, float]) -> float:
-        """The value of the metric that decides the best checkpoint."""
-        if self.config.watch not in metrics:
-            raise ConfigError(
-                f"train.watch={self.config.watch} is not measured; choose one of "
-                f"{', '.join(sorted(metrics))}"
-            )
-        return metrics[self.config.watch]
+    def conclude(self, metrics: dict[str, float], watched: float) -> None:
+        """Let a validation change the learning rate, or end the run."""
+        state = self.state
+        if self.plateau is not None and self.plateau.observe(watched):
+            log.info("the learning rate is lowered to %.3g of its schedule", self.plateau.scale)
+        probe = probe_metric(metrics, self.probe)
+        if probe is not None:
+            state.probe = probe if state.probe is None else state.probe
+            change = probe - state.probe
+            log.info("probe: %s %.1f, %+.1f since the start", self.probe.metric, probe, change)
+        reason = reason_to_end(state, metrics, self.config, self.probe)
+        if reason and not self.finished:
+            state.ended = reason
+            log.warning("ending at step %d of %d: %s", state.step, self.total_steps, reason)
 
-    def watch_probe(self, metrics: dict[str, float]) -> None:
-        """Say what the run has cost on the probe; end it when it is more than is allowed."""
-        if self.inputs.probe is None:
-            return
-        name = f"probe/{self.probe.metric}"
-        if self.state.probe is None:
-            self.state.probe = metrics[name]
-        change = metrics[name] - self.state.probe
-        log.info("probe: %s %.1f, %+.1f since the start", name, metrics[name], change)
-        limit = self.config.stop_on_forgetting
-        if limit and change < -limit:
-            self.end(f"{name} has fallen by {-change:.1f} points, more than {limit:g}")
-
-    def end(self, reason: str) -> None:
-        """Let this validation be the run's last."""
-        if not self.finished:
-            self.state.ended = reason
-            log.warning("ending at step %d of %d: %s", self.state.step, self.total_steps, reason)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has the averaged weights, where there are any."""
+        return nullcontext() if self.average is None else self.average.swapped()
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint's header says of the run."""
