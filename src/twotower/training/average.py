@@ -41,7 +41,7 @@ class WeightAverage:
     def update(self) -> None:
         """Take the model's present weights in; call it after each optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average = get_ema_multi_avg_fn(decay)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average([*self.averages.values()], [*self.live.values()], self.updates)
         self.updates += 1
 
