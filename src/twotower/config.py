@@ -81,6 +81,26 @@ class PretrainedConfig(ModelConfig):
     text_unlocked_stages: int = setting(
         ALL, "last stages of the text encoder that are trained; -1 is all, 0 none", ge=ALL
     )
+    lora_rank: int = setting(
+        0,
+        "rank of adapters (LoRA) that are trained in the unlocked stages' place; 0 trains those",
+        ge=0,
+    )
+    lora_alpha: int = setting(16, "adapters count alpha / rank times", ge=1)
+    lora_dropout: float = setting(0.0, "dropout in front of the adapters", ge=0, lt=1)
+    lora_targets: list[str] = setting(
+        [],
+        "ends of the names of layers that get adapters; empty is every linear layer and 1x1 "
+        "convolution (of OpenAI's transformers, whose attention is fused: those of the MLPs)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and self.image_unlocked_stages == self.text_unlocked_stages == 0:
+            raise ConfigError(
+                f"model.lora_rank={self.lora_rank} adapts unlocked stages, but both encoders are "
+                "locked; use model.image_unlocked_stages=-1 or model.text_unlocked_stages=-1"
+            )
 
 
 @dataclass(kw_only=True)

@@ -50,6 +50,13 @@ def test_the_file_gives_equal_features_here_and_in_the_reference(
     torch.testing.assert_close(encode(weights, normalised(images)), found, rtol=1e-4, atol=1e-4)
 
 
+def test_a_bundle_with_locked_stages_is_exported(tmp_path: Path) -> None:
+    bundle = bundle_of(VIT, tmp_path, image_unlocked_stages=1, text_unlocked_stages=0)
+    export_openai(bundle, tmp_path / "clip.pt")
+    flags = [parameter.requires_grad for parameter in bundle.model.parameters()]
+    assert sum(flags) == 4  # the projection with its norm, and logit_scale
+
+
 @pytest.mark.parametrize("architecture", [VIT, RESNET], ids=["vit", "resnet"])
 def test_another_programs_loader_opens_it(architecture: Architecture, tmp_path: Path) -> None:
     """open_clip's loader follows `clip.load`: it tries TorchScript, and infers the architecture."""

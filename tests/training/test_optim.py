@@ -117,6 +117,20 @@ def test_layers_learn_slower_the_further_they_are_from_the_top(bert):
     assert sum("text_tower.trunk" in name for name in found) == 2 * 16
 
 
+def test_adapters_learn_at_the_rate_of_their_stage(bert):
+    config = TrainConfig(lr=1.0, text_lr_scale=0.2, layer_decay=0.5, weight_decay=0.3)
+    model = MODELS.build(
+        bert_config(bert, image_encoder="test_vit", image_size=64, lora_rank=2)
+    ).model
+    found = settings_of(model, config)
+    adapters = {name: values for name, values in found.items() if ".lora_" in name}
+    assert len(adapters) == 2 * (6 * 4 + 3 * 6)
+    for name, values in adapters.items():
+        layer = int(name.split(".blocks." if "blocks" in name else ".layer.")[1].split(".")[0])
+        top, scale = (6, 1.0) if name.startswith("image_tower") else (3, 0.2)
+        assert values == (scale * 0.5 ** (top - 1 - layer), 0.3), name
+
+
 def test_openais_projection_is_the_top_stage():
     config = TrainConfig(lr=1.0, layer_decay=0.5)
     found = {name: lr for name, (lr, _) in settings_of(make_clip(VIT), config).items()}

@@ -20,7 +20,7 @@ from twotower.settings import ConfigError
 from twotower.training.towers import compile_towers, enable_grad_checkpointing
 
 CPU = torch.device("cpu")
-VARIANTS = ["openai_vit", "openai_resnet", "bert_resnet", "bert_vit", "bert_locked"]
+VARIANTS = ["openai_vit", "openai_resnet", "bert_resnet", "bert_vit", "bert_locked", "bert_lora"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,10 @@ def make(variant: str, bert: Path) -> tuple[DualEncoder, Tensor, Tensor]:
     else:
         size = 64 if variant == "bert_vit" else 32
         encoder = "test_vit" if variant == "bert_vit" else "test_resnet"
-        unlocked = {"text_unlocked_stages": 1} if variant == "bert_locked" else {}
-        bundle = MODELS.build(bert_config(bert, image_encoder=encoder, image_size=size, **unlocked))
+        unlocked = {"bert_locked": {"text_unlocked_stages": 1}, "bert_lora": {"lora_rank": 2}}
+        bundle = MODELS.build(
+            bert_config(bert, image_encoder=encoder, image_size=size, **unlocked.get(variant, {}))
+        )
         model = bundle.model
         tokens = bundle.tokenizer(["a dog", "the cat on the beach !", "a", "cats"])
     images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from twotower.config import BatchNorm, PretrainedConfig
@@ -16,6 +17,7 @@ from twotower.models.locking import (
     lock_stages,
     trainable_batch_norms,
 )
+from twotower.models.lora import add_adapters
 from twotower.models.preprocess import ImageInput, rgb
 from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input
 from twotower.settings import ConfigError, setting
@@ -97,6 +99,8 @@ def build_bert_resnet(
             locked=config.text_unlocked_stages == 0,
         ),
     )
+    pictures = torch.zeros(1, 3, image_input.size, image_input.size)
+    add_adapters(model, config, pictures, tokenizer(["a"]))
     return ModelBundle(
         model=model,
         train_transform=image_input.train_transform(config),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twotower.checkpoint.openai import infer_architecture, read_openai, write_openai
 from twotower.models.dual_encoder import DualEncoder, ModelBundle
+from twotower.models.lora import merge_adapters
 from twotower.models.openai_clip import (
     architecture_of,
     build_towers,
@@ -20,12 +21,13 @@ from twotower.settings import ConfigError
 
 
 def to_openai_state_dict(bundle: ModelBundle) -> dict[str, Tensor]:
-    """A bundle's weights under OpenAI's names, for any reader of the format.
+    """A bundle's weights under OpenAI's names, adapters merged, for any reader of the format.
 
     Raises:
         ConfigError: the bundle is no OpenAI architecture, or has an activation or constants that
             the format cannot say and its readers would silently get wrong.
     """
+    bundle = merge_adapters(bundle)
     variant = bundle.config.registered_name
     if "architecture" not in bundle.assets:
         raise ConfigError(
@@ -53,6 +55,7 @@ def export_openai(bundle: ModelBundle, path: Path) -> None:
         ConfigError: as `to_openai_state_dict`, or the file cannot be written.
         RuntimeError: the features differ.
     """
+    bundle = merge_adapters(bundle)
     write_openai(path, to_openai_state_dict(bundle))
     weights = read_openai(path)
     architecture = infer_architecture(weights)
@@ -61,6 +64,9 @@ def export_openai(bundle: ModelBundle, path: Path) -> None:
     image_input = ImageInput.from_json(bundle.assets["image_input"])
     again = build_towers(architecture, image_input, quick_gelu=True)
     load_openai_weights(again, weights, path)
+    # torch takes other kernels for weights that need a gradient, even where none is computed.
+    for ours, theirs in zip(bundle.model.parameters(), again.parameters(), strict=True):
+        theirs.requires_grad_(ours.requires_grad)
     generator = torch.Generator().manual_seed(0)
     size = architecture.image_size
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)

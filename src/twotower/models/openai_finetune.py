@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from twotower.checkpoint.download import cached_file, download, reach_hub
 from twotower.checkpoint.openai import Architecture, clip_weights, infer_architecture, read_openai
 from twotower.config import PretrainedConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
+from twotower.models.lora import add_adapters
 from twotower.models.openai_clip import (
     ARCHITECTURES,
     Activation,
@@ -100,7 +102,10 @@ def build_openai_finetune(
     )
     if source is not None:
         load_openai_weights(model, source.weights, source.name)
-    return build_bundle(config, model, architecture, image_input)
+    bundle = build_bundle(config, model, architecture, image_input)
+    pictures = torch.zeros(1, 3, image_input.size, image_input.size)
+    add_adapters(model, config, pictures, bundle.tokenizer([""]))
+    return bundle
 
 
 def openai_archive(architecture: str) -> tuple[str, str]:
