@@ -12,7 +12,7 @@ case "$*" in
     ;;
 esac
 
-make_environment .venv-test cpu,quickstart,test,dev
+make_environment .venv-test cpu,quickstart,wandb,test,dev
 PATH="$PWD/.venv-test/bin:$PATH"
 
 code=(src tests conf)
