@@ -12,7 +12,7 @@ case "$*" in
     ;;
 esac
 
-make_environment .venv-test cpu,lora,quickstart,test,dev
+make_environment .venv-test cpu,lora,quickstart,wandb,test,dev
 PATH="$PWD/.venv-test/bin:$PATH"
 
 code=(src tests conf)

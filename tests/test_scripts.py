@@ -169,7 +169,7 @@ def test_gates_run_in_order(root: Path, arguments: list[str], pytest_line: str) 
     scripts = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
     assert logged(root) == [
         "made .venv-test",
-        "installed .[cpu,lora,quickstart,test,dev]",
+        "installed .[cpu,lora,quickstart,wandb,test,dev]",
         "ruff check src tests conf",
         "ruff format --check src tests conf",
         "mypy ",

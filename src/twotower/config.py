@@ -301,7 +301,10 @@ class Config:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     seed: int = setting(1, "seed of everything random")
-    checkpoint: str = setting("", "checkpoint file; by default the best one of the run")
+    checkpoint: str = setting(
+        "",
+        "checkpoint file, or wandb:<entity>/<project>/<name>:<version>; by default the run's best",
+    )
     store: str = setting("", "embedding store folder; by default that of the run")
 
     def __post_init__(self) -> None:

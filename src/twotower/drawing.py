@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,12 @@ class Box:
 def line_height(size: int) -> int:
     """Pixels from one line to the next of text of a size."""
     return round(size * TALLER)
+
+
+def text_width(text: str, size: int) -> int:
+    """Pixels that a text takes on one line."""
+    shown, font = drawable(text, size)
+    return math.ceil(font.getlength(shown))
 
 
 def write_text(
@@ -111,7 +118,7 @@ def _fitting(text: str, end: str, font: ImageFont.FreeTypeFont, width: int) -> i
     def length(count: int) -> float:
         return font.getlength(text[:count] + end)
 
-    fits = bisect_right(range(1, len(text) + 1), width, key=length)
+    fits = bisect_right(range(1, len(text) + 1), float(width), key=length)
     while fits > 1 and length(fits) > width:  # kerning and marks: not always longer by a character
         fits -= 1
     return max(1, fits)

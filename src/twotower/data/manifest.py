@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
 from twotower.settings import ConfigError, setting
+from twotower.wandb_files import local_file
 
 log = logging.getLogger(__name__)
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 FILES_LOOKED_FOR = 16
 NOT_A_NUMBER = ("nan", "NaN")  # how pandas and numpy write a missing caption as text
 
@@ -30,7 +32,11 @@ NOT_A_NUMBER = ("nan", "NaN")  # how pandas and numpy write a missing caption as
 class ManifestConfig(SplitConfig):
     """A CSV, TSV or Parquet file with a row for each caption of a picture."""
 
-    manifest: str = setting("", "the file: .csv, .tsv (either with .gz) or .parquet")
+    manifest: str = setting(
+        "",
+        "the file: .csv, .tsv (either with .gz) or .parquet; or wandb:<entity>/<project>/"
+        "<name>:<version>",
+    )
     root: str = setting("", "folder that relative paths start from; by default the manifest's")
     filepath_column: str = setting("filepath", "column of picture files")
     caption_column: str = setting("caption", "column of captions; empty for pictures without any")
@@ -60,7 +66,7 @@ def load_manifest(config: ManifestConfig) -> PairTable:
             f"{config.filepath_column}, {config.caption_column} and, if there is one, "
             f"{config.split_column}"
         )
-    path = Path(config.manifest)
+    path = local_file(config.manifest, ENDINGS)
     rows = _standard_columns(_read(path, config), path, config)
     name = path.name
     if not rows.num_rows:

@@ -103,6 +103,17 @@ class PairTable:
         arrays = [pa.array(column, pa.large_string()) for column in columns]
         return cls.from_rows(pa.table(arrays, names=list(Pair._fields)), root, name)
 
+    def rows(self) -> pa.Table:
+        """A row a caption, or one without, as a manifest has them: what `from_rows` groups."""
+        lists = _column(self.table["captions"])
+        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+        image = np.repeat(np.arange(len(self)), np.maximum(lengths, 1))
+        there = lengths[image] > 0
+        place = pa.array(np.cumsum(there) - 1, mask=~there)
+        captions = pc.list_flatten(lists).take(place)
+        rows = self.table.drop_columns(["captions"]).take(pa.array(image))
+        return rows.add_column(1, "caption", captions)
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
