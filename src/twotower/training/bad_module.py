@@ -121,7 +121,8 @@ class _Watch:
             handles.append(module.register_forward_hook(self._after))
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
-                handles.append(parameter.register_hook(partial(self._parameter, name)))
+                look = partial(self._parameter, name)
+                handles.append(parameter.register_hook(look))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -156,7 +157,8 @@ class _Watch:
         if key not in self._passed:
             self._passed[key] = (tensor, producer, [])
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._gradient, key))
+                look = partial(self._gradient, key)
+                tensor.register_hook(look)  # type: ignore[no-untyped-call]
         return self._passed[key]
 
     def _gradient(self, key: tuple[int, int], gradient: Tensor) -> None:

@@ -81,11 +81,10 @@ class StepClock:
     def moving(self) -> Iterator[None]:
         """Around the copies of a batch to the device, however they are made."""
         if self._cuda:
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            begin.record()  # type: ignore[no-untyped-call]
+            begin, end = _event(), _event()
+            begin.record()
             yield
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             self._copies.append((begin, end))
             return
         start = time.perf_counter()
@@ -94,7 +93,7 @@ class StepClock:
 
     def _collect_copies(self) -> None:
         """Count the copies that are over; the others belong to a later step."""
-        while self._copies and self._copies[0][1].query():
+        while self._copies and self._copies[0][1].query():  # type: ignore[no-untyped-call]
             begin, end = self._copies.popleft()
             self._now.transfer += begin.elapsed_time(end) / 1000
 
@@ -136,6 +135,10 @@ class StepClock:
                 "locked towers with train.cache_features=true"
             )
         return f"training waits {100 * share:.0f} % of the time for pictures; {advice}"
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def spread(features: Tensor) -> Tensor:
