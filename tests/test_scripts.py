@@ -161,15 +161,16 @@ def test_old_python_is_refused_with_a_sentence(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "pytest_line"), [([], "pytest -m not slow"), (["--all"], "pytest ")]
+    ("arguments", "more", "pytest_line"),
+    [([], "", "pytest -m not slow"), (["--all"], ",optuna,ray,slurm", "pytest ")],
 )
-def test_gates_run_in_order(root: Path, arguments: list[str], pytest_line: str) -> None:
+def test_gates_run_in_order(root: Path, arguments: list[str], more: str, pytest_line: str) -> None:
     done = run(root, "scripts/test.sh", *arguments)
     assert done.returncode == 0, done.stderr
     scripts = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
     assert logged(root) == [
         "made .venv-test",
-        "installed .[cpu,lora,quickstart,wandb,test,dev]",
+        f"installed .[cpu,lora,onnx,quickstart,wandb,test,dev{more}]",
         "ruff check src tests conf",
         "ruff format --check src tests conf",
         "mypy ",

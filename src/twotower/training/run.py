@@ -25,6 +25,7 @@ from twotower.evaluation.prompts import zeroshot_prompts
 from twotower.evaluation.report import describe, report_path, write_report
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.saved import load_weights, save_bundle
+from twotower.provenance import PROVENANCE, record_attempt
 from twotower.runs import RunPaths
 from twotower.settings import ConfigError, to_plain
 from twotower.training.inputs import Examined, prepare_inputs
@@ -233,6 +234,8 @@ def train_on_rank(config: Config) -> str:
         on_main(clear, config)
     elif decision == "resume":
         trainer.resume()
+    if decision != "reuse":
+        on_main(record_attempt, paths.models / PROVENANCE, config, decision)
     trainer.state.seconds += time.monotonic() - start
     if decision != "reuse":
         trainer.run()
@@ -271,8 +274,10 @@ def write_wise_ft(trainer: Trainer) -> None:
             )
 
 
-def train(config: Config) -> None:
-    """Train the run of a config, or say that it is finished.
+def train(config: Config) -> float | None:
+    """Train the run of a config, or say that it is finished; its best watched metric.
+
+    None on every rank but the first.
 
     Raises:
         ConfigError: the data, the model or the run's folder is not as asked for.
@@ -280,7 +285,7 @@ def train(config: Config) -> None:
     paths = RunPaths.of(config)
     decision = launch(train_on_rank, config.distributed, config)
     if not is_main_process():
-        return
+        return None
     best, last = read_header(paths.best), read_header(paths.last)
     log.info(
         "%s %s: %d steps in %.0f s; best at step %d: text->image R@1/5/10 %s, image->text %s\n"
@@ -295,3 +300,5 @@ def train(config: Config) -> None:
         paths.best,
         config.run.logs_dir,
     )
+    watched: float | None = best["metrics"].get(config.train.watch.removeprefix("val/"))
+    return watched
