@@ -7,6 +7,8 @@ from pathlib import Path
 
 from twotower.config import Config
 
+NOTE = "run.json"  # in a run's folder of models: what decided its result
+
 
 @dataclass(frozen=True)
 class RunPaths:

@@ -24,14 +24,12 @@ from twotower.distributed import (
 from twotower.evaluation.report import describe, report_path, write_report
 from twotower.models.dual_encoder import MODELS
 from twotower.models.saved import load_weights
-from twotower.runs import RunPaths
+from twotower.runs import NOTE, RunPaths
 from twotower.settings import ConfigError, to_plain
 from twotower.training.inputs import prepare_inputs
 from twotower.training.trainer import Trainer, recalls
 
 log = logging.getLogger(__name__)
-
-NOTE = "run.json"
 
 
 def asked_for(config: Config) -> dict[str, dict[str, object]]:
