@@ -19,7 +19,7 @@ COMMANDS = {
     "search": "find pictures by words (query=...) or by a picture (query_image=...)",
     "benchmark": "compare the exact index with FAISS indexes on the same store and queries",
     "compare": "put the measurements of all runs into one table: which variant wins",
-    "export": "write a checkpoint in OpenAI's format (path=...), which clip.load opens",
+    "export": "write a checkpoint for others (path=...): format=openai, open_clip, hf or onnx",
     "info": "show the machine, the versions and what is available",
 }
 

@@ -48,6 +48,15 @@ class BatchNorm(enum.Enum):
     local = "local"
 
 
+class ExportFormat(enum.Enum):
+    """What a checkpoint is written as for others."""
+
+    openai = "openai"
+    open_clip = "open_clip"
+    hf = "hf"
+    onnx = "onnx"
+
+
 class Metric(enum.Enum):
     """How a query and a row are compared."""
 
@@ -306,6 +315,10 @@ class Config:
         "checkpoint file, or wandb:<entity>/<project>/<name>:<version>; by default the run's best",
     )
     store: str = setting("", "embedding store folder; by default that of the run")
+    format: ExportFormat = setting(
+        ExportFormat.openai,
+        "openai (a file for clip.load), open_clip, hf (folders), or onnx (one graph a tower)",
+    )
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -33,7 +33,7 @@ WORDS: dict[str, dict[str, str]] = {
         "query=TEXT": "pictures that fit these words; the text arrives as typed, whatever it holds",
         "query_image=PATH": "pictures that look like this one",
     },
-    "export": {"path=FILE": "the file to write"},
+    "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "train": ("seed",),
@@ -41,7 +41,7 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "encode": ("seed", "checkpoint"),
     "search": ("seed", "checkpoint", "store"),
     "benchmark": ("seed", "checkpoint", "store"),
-    "export": ("seed", "checkpoint"),
+    "export": ("checkpoint", "format"),
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "run"),

@@ -8,6 +8,8 @@ from pathlib import Path
 from twotower.config import Config
 from twotower.wandb_files import CHECKPOINTS, local_file, parse_reference
 
+NOTE = "run.json"  # in a run's folder of models: what decided its result
+
 
 @dataclass(frozen=True)
 class RunPaths:

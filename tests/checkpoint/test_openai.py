@@ -11,12 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from twotower.checkpoint.openai import (
-    Architecture,
-    infer_architecture,
-    read_openai,
-    write_openai,
-)
+from twotower.checkpoint.clip import Architecture, infer_architecture
+from twotower.checkpoint.openai import read_openai, write_openai
 from twotower.settings import ConfigError
 
 

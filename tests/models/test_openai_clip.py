@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.models import reference_clip as reference
 from tests.models.tiny import RESNET, VIT, make_clip
-from twotower.checkpoint.openai import Architecture, infer_architecture
+from twotower.checkpoint.clip import Architecture, infer_architecture
 from twotower.models.openai_clip import (
     ARCHITECTURES,
     OpenAITokenizer,

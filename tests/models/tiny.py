@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from twotower.checkpoint.openai import Architecture
+from twotower.checkpoint.clip import Architecture
 from twotower.config import BatchNorm
 from twotower.models.bert_resnet import BertResnetConfig
-from twotower.models.dual_encoder import DualEncoder
-from twotower.models.openai_clip import build_towers
+from twotower.models.dual_encoder import DualEncoder, ModelBundle
+from twotower.models.openai_clip import build_bundle, build_towers
+from twotower.models.openai_finetune import OpenaiFinetuneConfig
 from twotower.models.preprocess import ImageInput
 
 VIT = Architecture(
@@ -35,19 +38,38 @@ RESNET = Architecture(
     text_width=64,
     text_layers=1,
 )
+# Heads and hidden layers that OpenAI's format cannot tell.
+ODD = replace(
+    VIT, vision_head_width=16, text_head_width=32, vision_mlp_ratio=100 / 64, text_mlp_ratio=3.0
+)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "on", "the", "beach", "##s", "!"]
 
 
-def make_clip(architecture: Architecture, seed: int = 0) -> DualEncoder:
+def make_clip(
+    architecture: Architecture,
+    seed: int = 0,
+    *,
+    quick_gelu: bool = True,
+    image_input: ImageInput | None = None,
+) -> DualEncoder:
     """A CLIP whose batch norms and biases are not trivial, so that every tensor matters."""
     torch.manual_seed(seed)
-    image_input = ImageInput(size=architecture.image_size)
-    model = build_towers(architecture, image_input, quick_gelu=True).eval()
+    image_input = image_input or ImageInput(size=architecture.image_size)
+    model = build_towers(architecture, image_input, quick_gelu=quick_gelu).eval()
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and name != "logit_scale":
             noise = torch.rand_like(tensor) if "running_var" in name else torch.randn_like(tensor)
             tensor.add_(0.1 * noise)
     return model
+
+
+def clip_bundle(
+    architecture: Architecture, *, quick_gelu: bool = True, **pixels: Any
+) -> ModelBundle:
+    """`make_clip` as a fine-tune has it; `pixels` are fields of `ImageInput`."""
+    image_input = ImageInput(size=architecture.image_size, **pixels)
+    model = make_clip(architecture, quick_gelu=quick_gelu, image_input=image_input)
+    return build_bundle(OpenaiFinetuneConfig(), model, architecture, image_input)
 
 
 def write_bert(folder: Path, *, pad_token: str | None = "[PAD]", width: int = 32) -> Path:

@@ -1,8 +1,9 @@
-"""Writing a file so that a reader sees the whole of it or what was there before."""
+"""Writing a file or a folder so that a reader sees the whole of it or what was there before."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +36,41 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; what is put into it then takes the place of `path`.
+
+    A folder that stands there already is replaced if it holds nothing but files of the same names.
+    On any error it is untouched.
+
+    Raises:
+        ConfigError: `path` is a file or holds other things, cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; give the name of a folder")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _replace_folder(path, temporary)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    others = sorted({file.name for file in path.iterdir()} - {file.name for file in new.iterdir()})
+    if others:
+        raise ConfigError(
+            f"{path} holds {others[0]}, which would be lost; give a new folder, or empty this one"
+        )
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

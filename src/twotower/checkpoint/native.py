@@ -22,13 +22,24 @@ def save_checkpoint(path: Path, weights: Mapping[str, Tensor], header: Mapping[s
     Raises:
         ConfigError: the folder cannot be written, or the disk is full; a previous file stays.
     """
+    write_tensors(path, weights, {METADATA_KEY: json.dumps(header, ensure_ascii=False)})
+
+
+def write_tensors(
+    path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all, readable by whom the umask says.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the disk is full; a previous file stays.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    metadata = {METADATA_KEY: json.dumps(header, ensure_ascii=False)}
     with replacing(path) as temporary:
         try:
-            save_file(_separate(weights), temporary, metadata)
+            # Hugging Face's readers want to be told whose tensors they are.
+            save_file(_separate(weights), temporary, {"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -43,6 +54,17 @@ def _separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return separate
+
+
+def is_native(path: Path) -> bool:
+    """Whether a safetensors file is one of twotower's; False for one that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _not_a_file(path: Path) -> str:

@@ -1,26 +1,26 @@
-"""`twotower export path=out.pt`: a checkpoint in OpenAI's format, which `clip.load` opens."""
+"""`twotower export`: a checkpoint in OpenAI's, open_clip's, Hugging Face's format or as ONNX."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from twotower.config import Config, FreeText
+from twotower.config import Config, ExportFormat, FreeText
 from twotower.console import say
-from twotower.models.openai_export import export_openai
+from twotower.export.formats import export_bundle
+from twotower.export.probe import make_probe
 from twotower.models.saved import load_bundle
 from twotower.runs import checkpoint_path
 from twotower.settings import ConfigError
 
 
 def run(config: Config, free: FreeText) -> None:
-    """Write the run's checkpoint, or `checkpoint=`, to `path=`."""
+    """Write the run's checkpoint, or `checkpoint=`, in `format=` to `path=`."""
     if not free.path:
-        raise ConfigError("export needs path=<name>.pt, the file to write")
-    bundle = load_bundle(checkpoint_path(config))
+        example = "<name>.pt, the file" if config.format is ExportFormat.openai else "<folder>"
+        raise ConfigError(f"export needs path={example} to write")
+    checkpoint = checkpoint_path(config)
+    bundle = load_bundle(checkpoint)
     path = Path(free.path)
-    export_openai(bundle, path)
-    say(
-        f"{path}: OpenAI's format, features equal; open it with clip.load({str(path)!r}) and "
-        f"clip.tokenize(texts, context_length={bundle.tokenizer.context_length}), "
-        f"or with model=openai_finetune model.weights={path}"
-    )
+    say(export_bundle(bundle, config.format, path, make_probe(bundle, checkpoint)))
+    if config.format is not ExportFormat.onnx:
+        say(f"or train on from it: model=openai_finetune model.weights={path}")

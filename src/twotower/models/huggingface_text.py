@@ -56,6 +56,11 @@ class HuggingFaceTokenizer:
             [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         )
 
+    def to_json(self) -> str:
+        """A `tokenizer.json` that cuts and pads as this does, for `tokenizers.Tokenizer`."""
+        text: str = self._tokenizer.to_str()
+        return text
+
 
 class HuggingFaceText(nn.Module):
     """Token ids (B, L) -> features (B, width): an encoder's last layer, pooled.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.checkpoint.openai import HEAD_WIDTH, Architecture
+from twotower.checkpoint.clip import Architecture
 from twotower.config import ALL, ModelConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.models.locking import keep_locked_parts_in_evaluation, lock_stages
@@ -111,7 +111,7 @@ class OpenAITokenizer:
         return tokens
 
     def _encode(self, text: str) -> list[int]:
-        bpe = _byte_pairs()
+        bpe = byte_pairs()
         room = self.context_length - 2
         # A token covers a limited number of characters, so what lies further back cannot be seen;
         # without this cut, a word of 10,000 letters takes minutes.
@@ -126,7 +126,8 @@ class OpenAITokenizer:
 
 
 @lru_cache(maxsize=1)
-def _byte_pairs() -> Any:
+def byte_pairs() -> Any:
+    """OpenAI's vocabulary and merges, as open_clip ships them."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()
@@ -134,7 +135,7 @@ def _byte_pairs() -> Any:
 
 @lru_cache(maxsize=1)
 def _longest_token() -> int:
-    return max(len(token) for token in _byte_pairs().encoder) + 1  # and a space after it
+    return max(len(token) for token in byte_pairs().encoder) + 1  # and a space after it
 
 
 def build_towers(
@@ -160,7 +161,8 @@ def build_towers(
         CLIPVisionCfg(
             layers=architecture.vision_layers,
             width=architecture.vision_width,
-            head_width=HEAD_WIDTH,
+            head_width=architecture.vision_head_width,
+            mlp_ratio=architecture.vision_mlp_ratio,
             patch_size=architecture.patch_size,
             image_size=architecture.image_size,
         ),
@@ -168,8 +170,9 @@ def build_towers(
             context_length=architecture.context_length,
             vocab_size=architecture.vocab_size,
             width=architecture.text_width,
-            heads=architecture.text_width // HEAD_WIDTH,
+            heads=architecture.text_width // architecture.text_head_width,
             layers=architecture.text_layers,
+            mlp_ratio=architecture.text_mlp_ratio,
         ),
         quick_gelu=quick_gelu,
     )
@@ -253,7 +256,7 @@ def from_openai_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if name.startswith("visual."):
             name = VISUAL + name.removeprefix("visual.")
-        elif name != "logit_scale":
+        elif not name.startswith("logit_"):
             name = TEXT + name
         renamed[name] = tensor.float() if tensor.is_floating_point() else tensor
     return renamed
@@ -271,6 +274,8 @@ def load_openai_weights(
     logit_scale = named.get("logit_scale")
     if logit_scale is not None:
         named["logit_scale"] = logit_scale.reshape(())
+    # Learned by a sigmoid loss, of no effect on features, and set anew by a loss that wants it.
+    named.pop("logit_bias", None)
     try:
         missing, unexpected = model.load_state_dict(named, strict=False)
     except RuntimeError as error:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from twotower.checkpoint.clip import Architecture, ClipCheckpoint, Pixels, infer_architecture
 from twotower.checkpoint.download import cached_file, download, reach_hub
-from twotower.checkpoint.openai import Architecture, clip_weights, infer_architecture, read_openai
+from twotower.checkpoint.openai import clip_weights
+from twotower.checkpoint.tensors import read_tensors
 from twotower.config import PretrainedConfig
+from twotower.models.clip_weights import FORMATS, read_clip
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.lora import add_adapters
 from twotower.models.openai_clip import (
@@ -27,7 +29,10 @@ from twotower.models.openai_clip import (
 from twotower.models.preprocess import ImageInput, Interpolation, rgb
 from twotower.settings import ConfigError, setting
 
+log = logging.getLogger(__name__)
+
 OPENAI = "openai"
+OPENAI_VOCABULARY = 49408
 DEFAULT_ARCHITECTURE = "ViT-B/32"
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
@@ -39,14 +44,12 @@ class OpenaiFinetuneConfig(PretrainedConfig):
     architecture: str = setting(
         "", "OpenAI's name, from RN50 to ViT-L/14@336px; empty: what the file holds, else ViT-B/32"
     )
-    weights: str = setting(
-        OPENAI, "openai (downloaded once), a .pt file in OpenAI's format, or a tag of open_clip's"
-    )
+    weights: str = setting(OPENAI, f"openai (downloaded once); {FORMATS}; or a tag of open_clip's")
     cache_dir: str = setting("~/.cache/clip", "folder that keeps OpenAI's downloaded archives")
     activation: Activation = setting(
         Activation.auto,
-        "auto: what the weights were trained with (a file: quick_gelu, as OpenAI's); or "
-        "quick_gelu, gelu",
+        "auto: what the weights were trained with (quick_gelu, as OpenAI's, where their file "
+        "does not tell); or quick_gelu, gelu",
     )
 
     def __post_init__(self) -> None:
@@ -63,16 +66,6 @@ class OpenaiFinetuneConfig(PretrainedConfig):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Weights under OpenAI's names, where they are from, and what they were trained with."""
-
-    weights: dict[str, Tensor]
-    name: str
-    image: Mapping[str, Any] | None = None
-    quick_gelu: bool = True
-
-
 @MODELS.register("openai_finetune", OpenaiFinetuneConfig)
 def build_openai_finetune(
     config: OpenaiFinetuneConfig, assets: Mapping[str, str] | None = None
@@ -85,14 +78,12 @@ def build_openai_finetune(
     if assets is not None:
         architecture = architecture_of(assets)
         image_input = ImageInput.from_json(assets["image_input"])
-        source, quick_gelu = None, assets["activation"] == "quick_gelu"
+        clip, quick_gelu = None, assets["activation"] == "quick_gelu"
     else:
-        source = _find_weights(config)
-        architecture = _checked_architecture(config, source)
-        image_input = _image_input(architecture, source)
-        quick_gelu = source.quick_gelu
-        if config.activation is not Activation.auto:
-            quick_gelu = config.activation is Activation.quick_gelu
+        clip = _find_weights(config)
+        architecture = _checked_architecture(config, clip)
+        image_input = _image_input(clip)
+        quick_gelu = _quick_gelu(config, clip)
     model = build_towers(
         architecture,
         image_input,
@@ -100,8 +91,8 @@ def build_openai_finetune(
         image_unlocked=config.image_unlocked_stages,
         text_unlocked=config.text_unlocked_stages,
     )
-    if source is not None:
-        load_openai_weights(model, source.weights, source.name)
+    if clip is not None:
+        load_openai_weights(model, clip.weights, clip.source)
     bundle = build_bundle(config, model, architecture, image_input)
     pictures = torch.zeros(1, 3, image_input.size, image_input.size)
     add_adapters(model, config, pictures, bundle.tokenizer([""]))
@@ -126,40 +117,18 @@ def _open_clip_name(architecture: str) -> str:
     return architecture.replace("/", "-").replace("@336px", "-336")
 
 
-def _find_weights(config: OpenaiFinetuneConfig) -> _Source:
+def _find_weights(config: OpenaiFinetuneConfig) -> ClipCheckpoint:
     if config.weights == OPENAI:
         url, sha256 = openai_archive(config.architecture or DEFAULT_ARCHITECTURE)
         path = download(url, sha256, Path(config.cache_dir).expanduser())
-        return _Source(weights=read_openai(path), name=str(path))
+        return replace(read_clip(path), quick_gelu=True)
     path = Path(config.weights).expanduser()
     if path.exists() or os.sep in config.weights or path.suffix in SUFFIXES:
-        return _Source(weights=_read_file(path), name=str(path))
+        return read_clip(path)
     return _from_open_clip(config.architecture or DEFAULT_ARCHITECTURE, config.weights)
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return read_openai(path)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ConfigError(f"model.weights: no such file: {path}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{path} cannot be read: it is truncated, or another kind of file"
-        ) from error
-    if "logit_scale" in tensors and any(name.startswith("image_tower.") for name in tensors):
-        raise ConfigError(
-            f"{path} is a checkpoint of twotower; write it in OpenAI's format first: "
-            f"twotower export checkpoint={path} path=<name>.pt"
-        )
-    return clip_weights(tensors, path)
-
-
-def _from_open_clip(architecture: str, tag: str) -> _Source:
+def _from_open_clip(architecture: str, tag: str) -> ClipCheckpoint:
     """The weights of one of open_clip's tags, with its activation and constants."""
     from open_clip import pretrained
 
@@ -180,16 +149,27 @@ def _from_open_clip(architecture: str, tag: str) -> _Source:
             f"cannot download {tag} of {architecture} for model.weights; try again, "
             "or give the path of a local file"
         ) from error
-    return _Source(
-        weights=_read_file(path),
-        name=f"{architecture} {tag}",
-        image=settings,
+    weights = clip_weights(read_tensors(path, "open_clip's weights"), path)
+    return ClipCheckpoint(
+        weights=weights,
+        architecture=infer_architecture(weights),
         quick_gelu=bool(settings.get("quick_gelu")),
+        pixels=Pixels(
+            mean=rgb(settings["mean"]),
+            std=rgb(settings["std"]),
+            interpolation=settings["interpolation"],
+        ),
+        source=f"{architecture} {tag}",
     )
 
 
-def _checked_architecture(config: OpenaiFinetuneConfig, source: _Source) -> Architecture:
-    found = infer_architecture(source.weights)
+def _checked_architecture(config: OpenaiFinetuneConfig, clip: ClipCheckpoint) -> Architecture:
+    found = clip.architecture
+    if found.vocab_size < OPENAI_VOCABULARY:
+        raise ConfigError(
+            f"{clip.source} knows {found.vocab_size} tokens, but OpenAI's tokenizer, which "
+            f"model=openai_finetune uses, has {OPENAI_VOCABULARY}"
+        )
     if config.architecture and ARCHITECTURES[config.architecture] != found:
         held = [name for name, known in ARCHITECTURES.items() if known == found]
         differing = [
@@ -198,19 +178,31 @@ def _checked_architecture(config: OpenaiFinetuneConfig, source: _Source) -> Arch
             if asdict(ARCHITECTURES[config.architecture])[key] != value
         ]
         raise ConfigError(
-            f"model.architecture is {config.architecture}, but {source.name} holds "
+            f"model.architecture is {config.architecture}, but {clip.source} holds "
             f"{held[0] if held else 'another one'} ({', '.join(differing)}); "
             "leave model.architecture empty"
         )
     return found
 
 
-def _image_input(architecture: Architecture, source: _Source) -> ImageInput:
-    if source.image is None:
-        return ImageInput(size=architecture.image_size)
+def _quick_gelu(config: OpenaiFinetuneConfig, clip: ClipCheckpoint) -> bool:
+    """The activation that is asked for, else that of the weights, else OpenAI's."""
+    if config.activation is not Activation.auto:
+        return config.activation is Activation.quick_gelu
+    if clip.quick_gelu is None:
+        log.info(
+            "%s does not tell its activation; QuickGELU is taken, as in OpenAI's weights "
+            "(model.activation=gelu changes that)",
+            clip.source,
+        )
+        return True
+    return clip.quick_gelu
+
+
+def _image_input(clip: ClipCheckpoint) -> ImageInput:
     return ImageInput(
-        size=architecture.image_size,
-        mean=rgb(source.image["mean"]),
-        std=rgb(source.image["std"]),
-        interpolation=Interpolation[source.image["interpolation"]],
+        size=clip.architecture.image_size,
+        mean=clip.pixels.mean,
+        std=clip.pixels.std,
+        interpolation=Interpolation[clip.pixels.interpolation],
     )

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+from twotower.checkpoint.clip import OPENAI_MEAN, OPENAI_STD
 from twotower.config import ModelConfig
 from twotower.models.dual_encoder import PixelNorm
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 WIDEST = 100  # long side over short side that is resized whole; of a longer strip, the middle
 
 

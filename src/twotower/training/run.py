@@ -26,7 +26,7 @@ from twotower.evaluation.report import describe, report_path, write_report
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.saved import load_weights, save_bundle
 from twotower.provenance import PROVENANCE, record_attempt
-from twotower.runs import RunPaths
+from twotower.runs import NOTE, RunPaths
 from twotower.settings import ConfigError, to_plain
 from twotower.training.inputs import Examined, prepare_inputs
 from twotower.training.kept import older_checkpoints
@@ -35,8 +35,6 @@ from twotower.training.trainer import Trainer, recalls
 from twotower.training.wise_ft import choose, interpolate, put, sweep, write_sweep
 
 log = logging.getLogger(__name__)
-
-NOTE = "run.json"
 
 
 def asked_for(config: Config) -> dict[str, dict[str, object]]:
