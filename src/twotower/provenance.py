@@ -20,7 +20,7 @@ from twotower import machine
 from twotower.checkpoint.atomic import replacing
 from twotower.config import Config
 from twotower.distributed import world_size
-from twotower.settings import Choice, Section, to_plain
+from twotower.settings import plain_value
 
 PROVENANCE = "provenance.json"
 
@@ -128,13 +128,7 @@ def packages() -> dict[str, str]:
 
 def plain(config: Config) -> dict[str, Any]:
     """A config as JSON, passwords in addresses masked; a section says which choice it is."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, Choice):
-            found[field.name] = {"registered_name": value.registered_name, **to_plain(value)}
-        else:
-            found[field.name] = to_plain(value) if isinstance(value, Section) else value
+    found = {f.name: plain_value(getattr(config, f.name)) for f in dataclasses.fields(config)}
     masked_config: dict[str, Any] = json.loads(masked(json.dumps(found)))
     return masked_config
 

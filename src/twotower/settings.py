@@ -90,8 +90,21 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 def to_plain(section: Section) -> dict[str, Any]:
     """A section as JSON can hold it: enums by name."""
-    plain = dataclasses.asdict(section)
-    return {k: v.name if isinstance(v, enum.Enum) else v for k, v in plain.items()}
+    return {
+        field.name: plain_value(getattr(section, field.name))
+        for field in dataclasses.fields(section)
+    }
+
+
+def plain_value(value: Any) -> Any:
+    """The same of any value of a config; a chosen section says which one it is."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Choice):
+        return {"registered_name": value.registered_name, **to_plain(value)}
+    if isinstance(value, Section):
+        return to_plain(value)
+    return [plain_value(item) for item in value] if isinstance(value, list) else value
 
 
 def from_plain(config_class: type[SectionT], plain: dict[str, Any]) -> SectionT:

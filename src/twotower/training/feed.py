@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,8 @@ class Feed:
         self.sampler = GlobalBatchSampler(
             inputs.train.owner, config.batch_size, seed, rank(), world, config.pairing
         )
-        self.clock = StepClock(device, config.num_workers, world)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # ranks that share the cores
+        self.clock = StepClock(device, config.num_workers, here)
         self._unreadable: set[str] = set()
 
     @property

@@ -15,7 +15,7 @@ from twotower.config import BatchNorm
 from twotower.distributed import all_gather_objects, world_size
 from twotower.models.dual_encoder import DualEncoder, DualEncoderOutput
 from twotower.models.locking import apply_batch_norm_policy
-from twotower.settings import ConfigError
+from twotower.settings import Diverged
 from twotower.train_config import Precision, TrainConfig
 from twotower.training.average import WeightAverage
 from twotower.training.bad_module import name_bad_module
@@ -95,10 +95,10 @@ class Stepper:
         """Forward, loss, backward, clip, update; every rank calls it with its part of the batch.
 
         Raises:
-            ConfigError: the loss is not finite; the weights are those before the step.
+            Diverged: the loss is not finite; the weights are those before the step.
         """
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss, output = self.gradient.backward(batch)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip_norm or math.inf
@@ -107,7 +107,7 @@ class Stepper:
         value, size, factor = torch.stack([loss, norm, output.logit_scale]).tolist()
         # The fp16 scaler skips steps whose gradient is not finite by itself.
         if not (math.isfinite(value) and (math.isfinite(size) or self.scaler.is_enabled())):
-            raise ConfigError(
+            raise Diverged(
                 f"the loss is {value} and the gradient's norm {size}; {self.origin(batch)}"
             )
         self.scaler.step(self.optimizer)

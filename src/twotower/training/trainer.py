@@ -16,7 +16,7 @@ from twotower.evaluation.figures import draw_figures
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.saved import load_weights, save_bundle
 from twotower.runs import RunPaths
-from twotower.settings import ConfigError
+from twotower.settings import Diverged
 from twotower.tracking import MetricWriter
 from twotower.train_config import TrainConfig
 from twotower.training import resume
@@ -29,6 +29,8 @@ from twotower.training.loss import Loss
 from twotower.training.schedule import Plateau, learning_rate
 from twotower.training.stepper import Stepper
 from twotower.training.validation import Validator, metric, probe_metric, reason_to_end
+from twotower.training.wise_ft import keep_first
+from twotower.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +90,19 @@ class Trainer:
         """Whether there is no step left to do."""
         return bool(self.state.ended) or self.state.step >= self.total_steps
 
-    def run(self) -> resume.Progress:
-        """Train to the last step, validating and saving on the way.
+    def run(self, online: WandbRun | None = None) -> resume.Progress:
+        """Train to the last step, validating and saving on the way; W&B gets the metrics too.
 
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the state is saved.
             ConfigError: the loss is no longer finite.
         """
         if self.config.wise_ft and self.state.step == 0 and is_main_process():
-            save_bundle(self.paths.first, self.bundle, **self.about())
+            keep_first(self)
         what = f"training {self.bundle.config.registered_name}"
         total = self.total_steps * self.config.batch_size
         with (
-            MetricWriter(self.paths.logs, self.state.step, is_main_process()) as writer,
+            MetricWriter(self.paths.logs, self.state.step, is_main_process(), online) as writer,
             progress(what, total, "samples", is_main_process()) as bar,
             resume.stop_after_step() as stop,
         ):
@@ -136,16 +138,16 @@ class Trainer:
         """One step, and its values by name.
 
         Raises:
-            ConfigError: the loss is not finite; the weights are those before the step.
+            Diverged: the loss is not finite; the weights are those before the step.
         """
         rate = learning_rate(self.state.step, self.total_steps, self.config)
         rate *= self.plateau.scale if self.plateau else 1.0
         try:
             done = self.stepper.step(inputs, rate)
-        except ConfigError as error:
+        except Diverged as error:
             saved = [path for path in (self.paths.best, self.paths.last) if path.is_file()]
             good = f"; the last good checkpoint is {saved[-1]}" if saved else ""
-            raise ConfigError(
+            raise Diverged(
                 f"step {self.state.step + 1}: {error}; lower train.lr, or use "
                 f"train.precision=fp32{good}"
             ) from error

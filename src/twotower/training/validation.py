@@ -8,7 +8,7 @@ import torch
 
 from twotower.config import EvaluateConfig, ProbeConfig
 from twotower.evaluation.retrieval import Measured, measure_pairs
-from twotower.evaluation.zeroshot import measure_zeroshot
+from twotower.evaluation.zeroshot import ZeroShotReport, measure_zeroshot
 from twotower.settings import ConfigError
 from twotower.train_config import Precision, TrainConfig
 from twotower.training.inputs import EvaluationSet, TrainingInputs
@@ -24,36 +24,26 @@ class Validator:
     device: torch.device
     precision: Precision
 
-    def retrieval(self, where: EvaluationSet, bootstrap: int = 0) -> Measured:
-        """Retrieval on a set of pairs, with 95 % intervals from so many resamples."""
-        return measure_pairs(
-            self.inputs.model,
-            where.pairs,
-            where.images,
-            self.inputs.tokenizer,
-            self.evaluate,
-            self.device,
-            self.precision,
-            bootstrap,
-        )
+    def reports(
+        self, where: EvaluationSet, bootstrap: int = 0
+    ) -> tuple[Measured, ZeroShotReport | None]:
+        """Retrieval on a set of pairs, and zero-shot classification where they have classes.
+
+        With 95 % intervals of the former from so many resamples.
+        """
+        model, tokenizer = self.inputs.model, self.inputs.tokenizer
+        how = (self.evaluate, self.device, self.precision)
+        measured = measure_pairs(model, where.pairs, where.images, tokenizer, *how, bootstrap)
+        if where.prompts is None:
+            return measured, None
+        of = (model, where.pairs, where.images, tokenizer, where.prompts)
+        return measured, measure_zeroshot(*of, *how, measured.features)
 
     def measure(self, where: EvaluationSet) -> tuple[dict[str, float], Measured]:
-        """Retrieval and, where the images have classes, zero-shot metrics by name."""
-        measured = self.retrieval(where)
-        metrics = dict(measured.report.metrics)
-        if where.prompts is not None:
-            metrics |= measure_zeroshot(
-                self.inputs.model,
-                where.pairs,
-                where.images,
-                self.inputs.tokenizer,
-                where.prompts,
-                self.evaluate,
-                self.device,
-                self.precision,
-                measured.features,
-            ).metrics
-        return metrics, measured
+        """The metrics of both by name, and what retrieval was measured on."""
+        measured, zeroshot = self.reports(where)
+        found = {} if zeroshot is None else zeroshot.metrics
+        return {**measured.report.metrics, **found}, measured
 
     def metrics(self) -> tuple[dict[str, float], Measured]:
         """`val/<metric>` of the validation split and `probe/<metric>` of the probe, if any.

@@ -7,13 +7,23 @@ shows the trade: for each alpha what the run's validation and its probe measure.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from twotower.checkpoint.atomic import replacing
+from twotower.distributed import is_main_process
+from twotower.models.saved import load_weights, save_bundle
+from twotower.settings import ConfigError
+
+if TYPE_CHECKING:
+    from twotower.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -23,13 +33,16 @@ def interpolate(
 ) -> dict[str, Tensor]:
     """(1 - alpha) first + alpha last, tensor by tensor; 0 and 1 give the ends bit for bit.
 
-    Tensors of integers (counters) are those of the nearer end.
+    Tensors of integers (counters) are those of the nearer end. Adapters (LoRA) that began at
+    nothing are scaled by their second factor alone, which is the line between the merged weights.
     """
     if alpha in (0, 1):
         return dict(last if alpha else first)
     mixed = {}
     for name, end in last.items():
-        if end.is_floating_point():
+        if ".lora_A." in name:
+            mixed[name] = end
+        elif end.is_floating_point():
             mixed[name] = torch.lerp(first[name].float(), end.float(), alpha).to(end.dtype)
         else:
             mixed[name] = end if alpha >= 0.5 else first[name]
@@ -112,3 +125,45 @@ def _plot(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png", dpi=130)
+
+
+def keep_first(trainer: Trainer) -> None:
+    """Keep the weights before the first step; the first rank alone calls it.
+
+    Raises:
+        ConfigError: they are adapted already, so that their line to others is none of factors.
+    """
+    weights = trainer.bundle.model.state_dict()
+    if any(".lora_B." in name and bool(tensor.any()) for name, tensor in weights.items()):
+        raise ConfigError(
+            "train.wise_ft cannot go on with adapters that are trained already; start from a "
+            "checkpoint without LoRA, or leave train.wise_ft away"
+        )
+    save_bundle(trainer.paths.first, trainer.bundle, **trainer.about())
+
+
+def write_wise_ft(trainer: Trainer) -> None:
+    """Measure between the first and the last weights; keep the chosen ones; every rank calls it."""
+    paths, bundle = trainer.paths, trainer.bundle
+    names = [trainer.config.watch]
+    if trainer.inputs.probe is not None:
+        names.append(f"probe/{trainer.probe.metric}")
+    with trainer.stepper.averaged():
+        last = _copied(bundle.model)
+        load_weights(paths.first, bundle)
+        first = _copied(bundle.model)
+        points = sweep(bundle.model, first, last, lambda: trainer.validator.metrics()[0])
+        chosen = choose(points, names)
+        if is_main_process():
+            write_sweep(paths.logs, points, names, chosen)
+            put(bundle.model, interpolate(first, last, chosen))
+            save_bundle(paths.wise_ft, bundle, run=paths.models.name, alpha=chosen)
+            put(bundle.model, last)
+            log.info(
+                "WiSE-FT: alpha %g has the best mean of %s; its weights are %s, all points in %s",
+                *(chosen, " and ".join(names), paths.wise_ft, paths.logs / "wise_ft.md"),
+            )
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
