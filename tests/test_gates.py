@@ -67,9 +67,10 @@ def test_planted_import_is_seen(copy: Path, module: str, line: str, complaint: s
 
 
 def test_untyped_function_is_seen(copy: Path) -> None:
-    """On the two modules that everything stands on; mypy's settings are the repository's."""
+    """On the modules that everything stands on; mypy's settings are the repository's."""
+    kept = {f"{name}.py" for name in ("__init__", "config", "registry", "settings", "train_config")}
     for path in (copy / "src" / "twotower").iterdir():
-        if path.name not in ("__init__.py", "config.py", "registry.py", "py.typed"):
+        if path.name not in {*kept, "py.typed"}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     cache = f"--cache-dir={copy / 'cache'}"
     code, text = gate(copy, "mypy", cache)
@@ -78,7 +79,7 @@ def test_untyped_function_is_seen(copy: Path) -> None:
     code, text = gate(copy, "mypy", cache)
     assert code == 1
     assert "Function is missing a type annotation  [no-untyped-def]" in text
-    assert "Found 1 error in 1 file (checked 3 source files)" in text
+    assert f"Found 1 error in 1 file (checked {len(kept)} source files)" in text
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,21 @@ def test_two_optuna_trials_maximise_the_watched_metric(tmp_path: Path) -> None:
     assert values[chosen] == max(values.values())
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
-def test_two_jobs_on_a_launcher(tmp_path: Path, launcher: str) -> None:
-    found = sweep(tmp_path, "-m", "seed=1,2", f"hydra/launcher={launcher}")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=submitit_local"],
+        # A Ray of the test's own, whatever else runs on the machine.
+        [
+            "hydra/launcher=ray",
+            "hydra.launcher.ray.init.address=local",
+            "+hydra.launcher.ray.init.include_dashboard=false",
+            "+hydra.launcher.ray.init.num_cpus=2",
+        ],
+    ],
+)
+def test_two_jobs_on_a_launcher(tmp_path: Path, launcher: list[str]) -> None:
+    found = sweep(tmp_path, "-m", "seed=1,2", *launcher)
     for seed, command in zip("12", sorted(found), strict=True):
         assert command.startswith("twotower train ") and f"seed={seed}" in command.split()
 
