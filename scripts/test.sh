@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every gate, cheapest first, and stops at the first that fails; --all adds the tests marked slow.
+# Runs every gate, cheapest first, and stops at the first that fails; --all adds the tests marked slow
+# and the comparison with OpenAI's own code, which needs an environment of its own.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -12,7 +13,7 @@ case "$*" in
     ;;
 esac
 
-make_environment .venv-test cpu,quickstart,test,dev
+make_environment .venv-test cpu,onnx,quickstart,test,dev
 PATH="$PWD/.venv-test/bin:$PATH"
 
 code=(src tests conf)
@@ -36,4 +37,8 @@ gate "mypy" mypy
 gate "import-linter" lint-imports --no-logo
 gate "shellcheck" shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
 gate "pytest" "${tests[@]}"
+if [[ "$*" == --all ]]; then
+  borrow_environment .venv-parity parity .venv-test
+  gate "parity" .venv-parity/bin/python -m pytest tests/parity
+fi
 printf '\nevery gate passed in %d s\n' "$SECONDS"

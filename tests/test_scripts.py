@@ -33,6 +33,7 @@ case "$1 $2" in
     printf '#!/usr/bin/env bash\\necho "pip 1 from %s/lib"\\n' "$PWD/$4" >"$4/bin/pip"
     chmod +x "$4/bin/pip"
     ;;
+  "-m pytest") echo "$0 -m pytest ${*:3}" >>log ;;
   "-m pip") echo "installed ${!#}" >>log && [[ ! -e broken ]] ;;
   "--version "*) echo "Python 3.11.0" ;;
 esac
@@ -161,21 +162,33 @@ def test_old_python_is_refused_with_a_sentence(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "pytest_line"), [([], "pytest -m not slow"), (["--all"], "pytest ")]
+    ("arguments", "last_lines"),
+    [
+        ([], ["pytest -m not slow"]),
+        (
+            ["--all"],
+            [
+                "pytest ",
+                "made .venv-parity",
+                "installed .",
+                ".venv-parity/bin/python -m pytest tests/parity",
+            ],
+        ),
+    ],
 )
-def test_gates_run_in_order(root: Path, arguments: list[str], pytest_line: str) -> None:
+def test_gates_run_in_order(root: Path, arguments: list[str], last_lines: list[str]) -> None:
     done = run(root, "scripts/test.sh", *arguments)
     assert done.returncode == 0, done.stderr
     scripts = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
     assert logged(root) == [
         "made .venv-test",
-        "installed .[cpu,quickstart,test,dev]",
+        "installed .[cpu,onnx,quickstart,test,dev]",
         "ruff check src tests conf",
         "ruff format --check src tests conf",
         "mypy ",
         "lint-imports --no-logo",
         f"shellcheck -x -P SCRIPTDIR {' '.join(f'scripts/{n}' for n in scripts)} .ci/run",
-        pytest_line,
+        *last_lines,
     ]
     assert "every gate passed" in done.stdout
 
