@@ -52,7 +52,7 @@ def read_clip(path: Path) -> ClipCheckpoint:
         raise ConfigError(f"model.weights: there is no {path}; give {FORMATS}")
     if path.suffix == ".safetensors" and native.is_native(path):
         return _read_native(path)
-    tensors = read_tensors(path, "a CLIP")
+    tensors = read_tensors(path, "a file of CLIP weights")
     if any(name.startswith("vision_model.") for name in tensors):
         if not (path.parent / huggingface.CONFIG).is_file():
             raise ConfigError(
