@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
 # Runs every gate, cheapest first, and stops at the first that fails; --all adds the tests marked slow
-# and the comparison with OpenAI's own code, which needs an environment of its own.
+# and installs what they need, and the comparison with OpenAI's own code, in its own environment.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+extras=cpu,lora,onnx,quickstart,wandb,test,dev
 case "$*" in
   '') tests=(pytest -m 'not slow') ;;
-  --all) tests=(pytest) ;;
+  --all)
+    tests=(pytest)
+    extras+=,optuna,ray,slurm
+    ;;
   *)
     echo "usage: bash scripts/test.sh [--all]" >&2
     exit 1
     ;;
 esac
 
-make_environment .venv-test cpu,onnx,quickstart,test,dev
+make_environment .venv-test "$extras"
 PATH="$PWD/.venv-test/bin:$PATH"
 
 code=(src tests conf)

@@ -10,7 +10,7 @@ from tests.helpers import run_ranks
 from twotower import distributed
 from twotower.config import DistributedConfig
 from twotower.distributed import Stopped, launch, on_main, shard_range
-from twotower.settings import ConfigError
+from twotower.settings import ConfigError, Diverged
 
 TWO = DistributedConfig(nproc_per_node=2, num_threads=1, oversubscribe=True)
 
@@ -29,7 +29,7 @@ def refuse_together():
 
 def refuse_alone():
     if distributed.rank() == 1:
-        raise ConfigError("the second rank has a reason")
+        raise Diverged("the second rank has a reason")
     distributed.barrier()
 
 
@@ -67,6 +67,7 @@ def test_a_ranks_refusal_is_its_sentence(fn, sentence, capfd):
     with pytest.raises(ConfigError) as error:
         launch(fn, TWO)
     assert str(error.value) == sentence
+    assert (error.type is Diverged) == (fn is refuse_alone), "a sweep tells the two apart"
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -2,16 +2,19 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from twotower.config import Config, ModelConfig
 from twotower.data import DATASETS
-from twotower.hydra_app import compose, log_dir, refusal
+from twotower.hydra_app import compose, log_dir
+from twotower.hydra_errors import refusal, sentence
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
 from twotower.runs import logs_path
@@ -23,7 +26,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = [
     (group.name, path.stem)
     for group in CONF.iterdir()
-    if group.is_dir() and group.name not in ("hydra", "experiment", "__pycache__")
+    if group.is_dir() and group.name not in ("hydra", "experiment", "sweep", "__pycache__")
     for path in group.glob("*.yaml")
 ]
 
@@ -123,6 +126,57 @@ def test_the_command_line_says_it_in_one_sentence(tmp_path, bad):
     assert result.returncode == 1
     assert result.stderr.startswith("twotower: ") and result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr + result.stdout
+    assert os.listdir(tmp_path / "logs" if bad.startswith("dist") else tmp_path) == []
+
+
+def test_what_is_refused_leaves_an_earlier_run_as_it_was(tmp_path):
+    log_file = tmp_path / "logs" / "mine" / "train" / "train.log"
+    log_file.parent.mkdir(parents=True)
+    log_file.write_text("step 1\n")
+    assert run_cli("train", "run.name=mine", "train.lr=-1", folder=tmp_path).returncode == 1
+    assert os.listdir(log_file.parent) == ["train.log"], "nor is its .hydra replaced"
+    assert run_cli("evaluate", "run.name=mine", folder=tmp_path).returncode == 1
+    assert log_file.read_text() == "step 1\n"
+    assert os.listdir(tmp_path / "logs" / "mine") == ["train"]
+
+
+@pytest.mark.parametrize("sweep", ["learning_rate", "variants"])
+def test_a_sweep_runs_its_jobs_under_names_of_their_own(tmp_path, sweep):
+    """Each job is refused here, before it trains: what matters is that each has its folder."""
+    where = ["data=folder", "data.folder=nothing", "experiment=quickstart_bert_resnet"]
+    result = run_cli(
+        "train", f"sweep={sweep}", *where[: 2 if sweep == "variants" else 3], folder=tmp_path
+    )
+    text = (CONF / "sweep" / f"{sweep}.yaml").read_text()
+    values = re.search(r"^ +(train.lr|experiment): (.+)$", text, re.MULTILINE)[2].split(",")
+    jobs = sorted((tmp_path / "logs").glob("*/train/train.log"))
+    assert len(jobs) == len(values) > 2
+    assert result.returncode == 1 and "Traceback" not in result.stderr + result.stdout
+    for job in jobs:
+        assert "nothing" in job.read_text()
+    assert {"learning_rate", "variants", "optuna"} == {f.stem for f in (CONF / "sweep").glob("*")}
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    result = run_cli("train", "sweep=learning_rate", folder=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("twotower: a sweep cannot run under torchrun; ")
+
+
+@pytest.mark.parametrize(
+    ("option", "extra"),
+    [
+        ("hydra/sweeper=optuna", "optuna"),
+        ("hydra/launcher=submitit_slurm", "slurm"),
+        ("hydra/launcher=ray", "ray"),
+    ],
+)
+def test_a_plugin_that_is_not_installed_is_named(option, extra):
+    group, _, name = option.partition("=")
+    lines = f"Could not find '{group}/{name}'\n\nAvailable options in '{group}':\n\tbasic\n"
+    said = sentence(ConfigCompositionException(lines))
+    assert said == f"{option} needs a plugin: pip install 'twotower[{extra}]'"
 
 
 def test_the_seed_of_the_splits_is_bounded_as_the_other_seeds():
@@ -207,9 +261,12 @@ def test_commands_without_a_run_leave_no_folder(tmp_path, arguments):
 
 
 def test_a_command_logs_beside_the_run_whose_checkpoint_it_is_given(tmp_path):
+    log_file = tmp_path / "logs" / "r" / "evaluate" / "evaluate.log"
+    log_file.parent.mkdir(parents=True)
+    log_file.write_text("earlier\n")
     assert run_cli("evaluate", "checkpoint=models/r/best.safetensors", folder=tmp_path).returncode
     assert os.listdir(tmp_path / "logs") == ["r"]
-    assert (tmp_path / "logs" / "r" / "evaluate" / "evaluate.log").is_file()
+    assert sorted(os.listdir(log_file.parent)) == [".hydra", "evaluate.log"]
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,34 @@ def test_broken_features_rank_last():
     to_image = metrics.text_to_image_ranks(images, texts, owner)
     assert to_image.tolist() == [1, 5, 1, 1]
     assert metrics.image_to_text_ranks(torch.full((4, 4), torch.nan), texts, owner).min() > 4
+
+
+def test_a_part_of_the_images_ranks_as_in_the_whole():
+    generator = torch.Generator().manual_seed(3)
+    images = F.normalize(torch.randn(20, 4, generator=generator), dim=1)
+    owner = torch.arange(60) // 3
+    texts = F.normalize(images[owner] + torch.randn(60, 4, generator=generator), dim=1)
+    whole = metrics.image_to_text_ranks(images, texts, owner)
+    parts = [range(0, 7), range(7, 7), range(7, 20)]
+    ranks = [metrics.image_to_text_ranks(images, texts, owner, 5, part) for part in parts]
+    assert torch.equal(torch.cat(ranks), whole)
+
+
+def test_no_captions_and_no_queries():
+    images, none = torch.eye(3), torch.empty(0, dtype=torch.int64)
+    assert metrics.image_to_text_ranks(images, torch.empty(0, 3), none).tolist() == [0, 0, 0]
+    assert metrics.text_to_image_ranks(images, torch.empty(0, 3), none).tolist() == []
+
+
+def test_many_items_make_smaller_blocks(monkeypatch):
+    """What is held at a time does not grow with the number of items."""
+    shapes = []
+    plain = metrics._ranks
+    monkeypatch.setattr(metrics, "SCORES", 100)
+    monkeypatch.setattr(
+        metrics, "_ranks", lambda scores, *rest: shapes.append(scores.shape) or plain(scores, *rest)
+    )
+    images, texts, owner = torch.eye(40), torch.eye(40), torch.arange(40)
+    assert metrics.text_to_image_ranks(images, texts, owner).tolist() == [1] * 40
+    assert metrics.image_to_text_ranks(images, texts, owner).tolist() == [1] * 40
+    assert max(rows * columns for rows, columns in shapes) <= 100

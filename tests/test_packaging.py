@@ -65,7 +65,10 @@ def test_extras_are_those_of_the_scripts_and_the_readme(
     setup_cfg: configparser.ConfigParser,
 ) -> None:
     extras = setup_cfg["options.extras_require"]
-    assert list(extras) == ["cpu", "gpu", "onnx", "parity", "wandb", "quickstart", "test", "dev"]
+    assert list(extras) == [
+        *("cpu", "gpu", "lora", "onnx", "parity", "wandb", "optuna", "ray", "slurm"),
+        *("quickstart", "test", "dev"),
+    ]
     bounded = [*setup_cfg["options"]["install_requires"].strip().splitlines()]
     for requirements in extras.values():
         bounded += requirements.strip().splitlines()

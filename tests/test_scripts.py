@@ -162,11 +162,12 @@ def test_old_python_is_refused_with_a_sentence(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "last_lines"),
+    ("arguments", "more", "last_lines"),
     [
-        ([], ["pytest -m not slow"]),
+        ([], "", ["pytest -m not slow"]),
         (
             ["--all"],
+            ",optuna,ray,slurm",
             [
                 "pytest ",
                 "made .venv-parity",
@@ -176,13 +177,15 @@ def test_old_python_is_refused_with_a_sentence(root: Path) -> None:
         ),
     ],
 )
-def test_gates_run_in_order(root: Path, arguments: list[str], last_lines: list[str]) -> None:
+def test_gates_run_in_order(
+    root: Path, arguments: list[str], more: str, last_lines: list[str]
+) -> None:
     done = run(root, "scripts/test.sh", *arguments)
     assert done.returncode == 0, done.stderr
     scripts = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
     assert logged(root) == [
         "made .venv-test",
-        "installed .[cpu,onnx,quickstart,test,dev]",
+        f"installed .[cpu,lora,onnx,quickstart,wandb,test,dev{more}]",
         "ruff check src tests conf",
         "ruff format --check src tests conf",
         "mypy ",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from twotower.tracking import MetricWriter
@@ -62,6 +65,7 @@ def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with MetricWriter(tmp_path / "logs", main=False) as writer:
         writer.write(1, {"train/loss": 1.0})
+        writer.image("figures/matrix", np.zeros((2, 2, 3), np.uint8), 1)
     assert os.listdir(tmp_path) == []
 
 
@@ -70,3 +74,14 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError) as error:
         MetricWriter(tmp_path / "logs")
     assert error.value.filename == str(tmp_path / "logs")
+
+
+def test_a_figure_is_in_the_events_as_it_was_drawn(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    with MetricWriter(tmp_path) as writer:
+        writer.image("figures/matrix", pixels, 7)
+        assert not writer.takes_tables
+        writer.table("figures/table", ["caption"], [["a dog"]], 7)
+    [event] = EventAccumulator(str(tmp_path)).Reload().Images("figures/matrix")
+    assert event.step == 7
+    assert np.array_equal(np.array(Image.open(io.BytesIO(event.encoded_image_string))), pixels)

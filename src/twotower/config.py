@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from twotower.settings import Choice, ConfigError, Section, setting
-from twotower.train_config import Precision, TrainConfig
+from twotower.train_config import LossConfig, Precision, TrainConfig
 
 MAX_SEED = 2**32 - 1  # the largest that every library takes
+ALL = -1  # every stage of an encoder is trained
 
 
 class Device(enum.Enum):
@@ -80,6 +81,38 @@ class ModelConfig(Choice):
 
 
 @dataclass(kw_only=True)
+class PretrainedConfig(ModelConfig):
+    """What the variants with pretrained encoders share: what of them is trained, and how."""
+
+    image_unlocked_stages: int = setting(
+        ALL, "last stages of the image encoder that are trained; -1 is all, 0 none", ge=ALL
+    )
+    text_unlocked_stages: int = setting(
+        ALL, "last stages of the text encoder that are trained; -1 is all, 0 none", ge=ALL
+    )
+    lora_rank: int = setting(
+        0,
+        "rank of adapters (LoRA) that are trained in the unlocked stages' place; 0 trains those",
+        ge=0,
+    )
+    lora_alpha: int = setting(16, "adapters count alpha / rank times", ge=1)
+    lora_dropout: float = setting(0.0, "dropout in front of the adapters", ge=0, lt=1)
+    lora_targets: list[str] = setting(
+        [],
+        "ends of the names of layers that get adapters; empty is every linear layer and 1x1 "
+        "convolution (of OpenAI's transformers, whose attention is fused: those of the MLPs)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and self.image_unlocked_stages == self.text_unlocked_stages == 0:
+            raise ConfigError(
+                f"model.lora_rank={self.lora_rank} adapts unlocked stages, but both encoders are "
+                "locked; use model.image_unlocked_stages=-1 or model.text_unlocked_stages=-1"
+            )
+
+
+@dataclass(kw_only=True)
 class DataConfig(Choice):
     """What every data source shares; a source's own fields are in `data/<name>.py`."""
 
@@ -118,6 +151,7 @@ class RunConfig(Section):
         "${twotower.run_name:}",
         "names logs/<name> and models/<name>; by default <model>-<data>-<hash of the config>",
     )
+    wandb_project: str = setting("twotower", "Weights & Biases project of train.wandb=true")
     models_dir: str = setting("models", "folder of checkpoints and stores")
     logs_dir: str = setting("logs", "folder of logs, metrics and figures")
 
@@ -156,6 +190,41 @@ class EvaluateConfig(Section):
     bootstrap: int = setting(
         1000, "resamples over images behind the 95 % intervals; 0 gives none", ge=0
     )
+    max_sentences: int = setting(20, "captions on the sheet of matches", ge=1, le=200)
+    max_matches: int = setting(5, "pictures beside each of them", ge=1, le=50)
+
+
+@dataclass(kw_only=True)
+class ZeroShotConfig(Section):
+    """Zero-shot classification of pictures whose class is known."""
+
+    section: ClassVar[str] = "zeroshot"
+
+    classes: str = setting(
+        "",
+        "file with a class a line (or the data's label, a tab, and words); empty: the data's own",
+    )
+    templates: str = setting(
+        "openai80", "prompts: openai80, simple7 (quicker), or a file, one a line with {} in it"
+    )
+    top_k: list[int] = setting([1, 5], "classes that an image may be among to be a hit", ge=1)
+
+
+@dataclass(kw_only=True)
+class ProbeConfig(Section):
+    """What a fine-tune should not forget: measured before the first step and at each validation.
+
+    `data` is chosen like the training data, as in `data@probe.data=flickr8k`.
+    """
+
+    section: ClassVar[str] = "probe"
+
+    data: DataConfig | None = dataclasses.field(
+        default=None, metadata={"meaning": "a data source, chosen by data@probe.data=<name>"}
+    )
+    split: str = setting("val", "split of it to measure on")
+    max_images: int = setting(0, "measure on the first so many of its images; 0 is all", ge=0)
+    metric: str = setting("mean_recall", "metric that is watched, as text_to_image_R@10 or top1")
 
 
 @dataclass(kw_only=True)
@@ -229,8 +298,11 @@ class Config:
     model: ModelConfig
     data: DataConfig
     index: IndexConfig
+    loss: LossConfig
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    zeroshot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
@@ -238,7 +310,10 @@ class Config:
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     seed: int = setting(1, "seed of everything random")
-    checkpoint: str = setting("", "checkpoint file; by default the best one of the run")
+    checkpoint: str = setting(
+        "",
+        "checkpoint file, or wandb:<entity>/<project>/<name>:<version>; by default the run's best",
+    )
     store: str = setting("", "embedding store folder; by default that of the run")
     format: ExportFormat = setting(
         ExportFormat.openai,

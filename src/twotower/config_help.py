@@ -16,11 +16,12 @@ from twotower.models import MODELS
 from twotower.registry import Registry
 from twotower.retrieval import INDEXES
 from twotower.settings import Choice, plain_number
+from twotower.training.loss import LOSSES
 
 WIDTH = 100
 KEY_WIDTH = 34
 
-REGISTRIES: dict[str, Registry[Any]] = {r.group: r for r in (MODELS, DATASETS, INDEXES)}
+REGISTRIES: dict[str, Registry[Any]] = {r.group: r for r in (MODELS, DATASETS, INDEXES, LOSSES)}
 
 # What each command reads: words of its own, top-level settings, sections.
 WORDS: dict[str, dict[str, str]] = {
@@ -44,8 +45,11 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "run"),
-    "train": ("model", "data", "train", "evaluate", "distributed", "run"),
-    "evaluate": ("data", "evaluate", "distributed", "run"),
+    "train": (
+        *("model", "data", "loss", "train", "evaluate", "zeroshot", "probe"),
+        *("distributed", "run"),
+    ),
+    "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
     "search": ("index", "search", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),
@@ -172,7 +176,9 @@ def _kind(hint: Any) -> str:
         return " | ".join(member.name for member in hint)
     if get_args(hint):
         kinds = ", ".join(_kind(argument) for argument in get_args(hint))
-        return f"list of {kinds}" if getattr(hint, "__origin__", None) is list else str(hint)
+        if getattr(hint, "__origin__", None) is list:
+            return f"list of {kinds}"
+        return "config group" if issubclass(get_args(hint)[0], Choice) else str(hint)
     return {bool: "true | false", int: "integer", float: "number", str: "text"}.get(hint, str(hint))
 
 

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from twotower.allocator import keep_freed_memory
 from twotower.config import Device, DistributedConfig
-from twotower.settings import ConfigError
+from twotower.settings import ConfigError, Diverged
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 SECONDS_TO_SAVE = 600
+
+_REFUSALS = {refusal.__name__: refusal for refusal in (ConfigError, Diverged)}
 
 
 class Stopped(Exception):
@@ -231,8 +233,8 @@ def _first_note(folder: Path) -> Exception | None:
     """The reason of the rank that ended first."""
     for path in sorted(folder.glob("*.json")):
         note = json.loads(path.read_text())
-        if note["kind"] == ConfigError.__name__:
-            return ConfigError(note["text"])
+        if note["kind"] in _REFUSALS:
+            return _REFUSALS[note["kind"]](note["text"])
         if note["kind"] == Stopped.__name__:
             return Stopped(note["signal"], note["text"])
         return RuntimeError(f"rank {note['rank']} failed:\n{note['text']}")

@@ -6,40 +6,46 @@ sentence.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import errno
 import hashlib
-import itertools
 import json
 import logging
+import math
 import os
-import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from twotower.config import Config, FreeText, check_run_name
 from twotower.data import DATASETS
 from twotower.distributed import Stopped
+from twotower.hydra_errors import no_such_key, refusal, sentence
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
 from twotower.runs import run_of
-from twotower.settings import ConfigError
+from twotower.settings import ConfigError, Diverged
 from twotower.train_config import TrainConfig
+from twotower.training.loss import LOSSES
 
 log = logging.getLogger(__name__)
 
-Command = Callable[[Config, FreeText], None]
+# What a command returns reaches the sweeper; Optuna takes the number that `train` returns.
+Command = Callable[[Config, FreeText], float | None]
+
+MULTIRUN = ("-m", "--multirun")
 
 # Commands that belong to no run keep no folder and no log; others log beside the run they work on.
 WITHOUT_RUN = ("prepare", "compare", "export", "info")
@@ -48,7 +54,7 @@ WITHOUT_RUN = ("prepare", "compare", "export", "info")
 def run_name(root: DictConfig) -> str:
     """`<model>-<data>-<hash>`: 8 hex digits of SHA-256 over what decides a run's result."""
     parts: dict[str, Any] = {"seed": root.seed}
-    for key in ("model", "data", "train"):
+    for key in ("model", "data", "loss", "train"):
         parts[key] = OmegaConf.to_container(root[key], resolve=True, enum_to_str=True)
     for key in TrainConfig.not_in_run_name:
         parts["train"].pop(key, None)
@@ -70,11 +76,25 @@ def log_dir(root: DictConfig, command: str) -> str:
     return f"{run_of(given, root.run.name)}/{command}"
 
 
+def _checked(root: DictConfig) -> DictConfig:
+    """What is refused makes no folder; but a job of a sweep tells in its own log why it was.
+
+    Raises:
+        ConfigError: as `to_config`.
+    """
+    if root.hydra.mode != RunMode.MULTIRUN:
+        composed = copy.deepcopy(root)
+        with read_write(composed), open_dict(composed):
+            del composed["hydra"]
+        to_config(composed)
+    return root
+
+
 def register_schemas(command: str) -> None:
     """Give Hydra the schemas of `Config` and of every choice, and the resolvers in the YAML."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config, provider="twotower")
-    for registry in (MODELS, DATASETS, INDEXES):
+    for registry in (MODELS, DATASETS, INDEXES, LOSSES):
         for name in registry:
             store.store(
                 group=f"schema/{registry.group}",
@@ -88,7 +108,7 @@ def register_schemas(command: str) -> None:
     OmegaConf.register_new_resolver("twotower.command", lambda: command, replace=True)
     OmegaConf.register_new_resolver(
         "twotower.log_dir",
-        lambda *, _root_: log_dir(_root_, command),
+        lambda *, _root_: log_dir(_checked(_root_), command),
         replace=True,
         use_cache=False,
     )
@@ -109,13 +129,6 @@ def _unknown_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, lis
             yield from _unknown_keys(node[key], f"{prefix}{key}.")
 
 
-def _no_such_key(key: str, known: list[str]) -> ConfigError:
-    prefix, dot, last = key.rpartition(".")
-    near = get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)
-    hint = f"; did you mean {prefix}{dot}{near[0]}?" if near else ""
-    return ConfigError(f"no such config key: {key}{hint}")
-
-
 def to_config(composed: DictConfig) -> Config:
     """Turn what Hydra composed into a checked `Config`.
 
@@ -123,51 +136,13 @@ def to_config(composed: DictConfig) -> Config:
         ConfigError: an unknown key, a missing or wrong value, or one out of its range.
     """
     for key, known in _unknown_keys(composed):
-        raise _no_such_key(key, known)
+        raise no_such_key(key, known)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(sentence(error)) from error
     assert isinstance(config, Config)
     return config
-
-
-def sentence(error: BaseException) -> str:
-    """One line out of Hydra's and OmegaConf's many."""
-    if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read {error.override!r}: an override is key=value, and a value with blanks, "
-            "commas or brackets in it stands in quotes, as in 'key=\"a value\"'"
-        )
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, OmegaConfBaseException):
-        key = cause.full_key or ""
-        not_there = re.match(r"Key '(.+?)' (?:not in|is not in struct)", str(cause))
-        if not_there:
-            node = cause.object_type
-            known = (
-                [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-            )
-            prefix = key.rpartition(".")[0]
-            return str(
-                _no_such_key(key, [f"{prefix}.{name}" if prefix else name for name in known])
-            )
-        first = str(cause).strip().splitlines()[0]
-        if first.startswith("Missing mandatory value"):
-            return f"{key} has no value; give it as {key}=..."
-        return f"{key}: {_lower(first)}" if key else first
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    options = [line for line in lines if line.startswith("Available options in")]
-    if options:
-        after = lines[lines.index(options[0]) + 1 :]
-        after = list(itertools.takewhile(lambda line: line != "Config search path:", after))
-        what = re.sub(r"^In '.*?': ", "", lines[0])
-        return f"{_lower(what)}; {_lower(options[0])} {', '.join(after)}"
-    return " ".join(line for line in lines if not line.startswith("See https://"))
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def compose(overrides: list[str], command: str = "train") -> Config:
@@ -185,9 +160,10 @@ def compose(overrides: list[str], command: str = "train") -> Config:
 
 
 def _refuse_sweep_under_torchrun(overrides: list[str]) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ and {"-m", "--multirun"} & set(overrides):
+    wanted = any(o in MULTIRUN or o.startswith("sweep=") for o in overrides)
+    if "TORCHELASTIC_RUN_ID" in os.environ and wanted:
         raise ConfigError(
-            "a sweep (-m) cannot run under torchrun; run `twotower train -m ... "
+            "a sweep cannot run under torchrun; run `twotower train -m ... "
             "distributed.nproc_per_node=N`, which starts the ranks of each job itself"
         )
 
@@ -203,36 +179,39 @@ def _without_traces(name: str) -> list[str]:
     return []
 
 
-def refusal(error: BaseException) -> ConfigError | None:
-    """The user's mistake behind an error: one in the config, or a place that cannot be used."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return cause
-        if isinstance(cause, OSError) and cause.filename is not None:
-            return ConfigError(f"cannot write or read {cause.filename}: {cause.strerror or cause}")
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return ConfigError(f"cannot write: {cause.strerror}")
-        # OmegaConf does not name the cause of what a resolver raised.
-        hidden = cause.__context__ if isinstance(cause, OmegaConfBaseException) else None
-        cause = cause.__cause__ or hidden
-    return None
+def _forget_refused(folder: Path, name: str) -> None:
+    """Remove a job's folder if nothing was logged in it: it holds only what Hydra puts there."""
+    entries = {entry.name: entry for entry in folder.iterdir()}
+    log_file = entries.pop(f"{name}.log", None)
+    entries.pop(".hydra", None)
+    if log_file is not None and not log_file.stat().st_size and not entries:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # other commands of the run have folders beside it
+            folder.parent.rmdir()
 
 
-def _run_job(command: Command, composed: DictConfig, free_text: FreeText) -> None:
+def _run_job(
+    name: str, command: Command, composed: DictConfig, free_text: FreeText
+) -> float | None:
     """One job, alone or of a sweep, where a mistake must not keep the other jobs from running."""
-    alone = HydraConfig.get().mode != RunMode.MULTIRUN
+    job = HydraConfig.get()
+    alone = job.mode != RunMode.MULTIRUN
+    # What the job's ranks inherit, and what it records as its command.
+    sys.argv = ["twotower", name, *job.overrides.task]
     try:
-        command(to_config(composed), free_text)
+        return command(to_config(composed), free_text)
     except Stopped as stopped:
         _fail(f"stopped: {stopped.saved}")
         sys.exit(128 + stopped.signal)
     except Exception as error:
         mistake = refusal(error)
         if mistake is not None and alone:
+            _forget_refused(Path(job.runtime.output_dir), name)
             sys.exit(_fail(str(mistake)))
         if mistake is not None:
             log.error("twotower: %s", mistake)
+            if isinstance(mistake, Diverged) and job.runtime.choices["hydra/sweeper"] == "optuna":
+                return -math.inf  # the trial has failed, the study goes on
             raise mistake from error
         log.exception("the command failed")
         if alone:
@@ -247,7 +226,9 @@ def run_command(name: str, command: Command, free: dict[str, str], overrides: li
     """
     register_schemas(name)
     free_text = FreeText(**free)
-    overrides = [*overrides, *_without_traces(name)]
+    # Hydra's parser takes -m before or after all overrides, not among them.
+    overrides = sorted(overrides, key=lambda override: override not in MULTIRUN)
+    overrides += _without_traces(name)
     if {"-h", "--help"} & set(overrides):
         from twotower.config_help import command_help
 
@@ -255,8 +236,8 @@ def run_command(name: str, command: Command, free: dict[str, str], overrides: li
         return 0
 
     @hydra.main(version_base="1.3", config_path="pkg://twotower.conf", config_name="config")
-    def job(composed: DictConfig) -> None:
-        _run_job(command, composed, free_text)
+    def job(composed: DictConfig) -> float | None:
+        return _run_job(name, command, composed, free_text)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"twotower {name}", *overrides]

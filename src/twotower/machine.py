@@ -27,14 +27,14 @@ def describe(models_dir: Path) -> list[tuple[str, str]]:
     rows = [
         ("twotower", __version__),
         ("Python", f"{platform.python_version()} ({sys.executable})"),
-        ("torch", _torch()),
-        ("GPUs", _gpus()),
+        ("torch", torch_build()),
+        ("GPUs", gpus()),
         *((name, _version(name)) for name in ("torchvision", "timm", "transformers")),
         ("open_clip", _version("open-clip-torch")),
         ("faiss", _faiss()),
         *((name, _optional(name)) for name in ("apex", "wandb")),
-        ("cores", _cores()),
-        ("memory", _memory()),
+        ("cores", cores()),
+        ("memory", memory()),
         ("disk", _disk(models_dir)),
         ("backbones", _backbones(models_dir)),
         ("runs", str(len(runs(models_dir)))),
@@ -91,7 +91,8 @@ def _optional(module: str) -> str:
         return "installed"
 
 
-def _torch() -> str:
+def torch_build() -> str:
+    """torch's version and what it computes with on this machine."""
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     return ", ".join(
         [
@@ -104,7 +105,8 @@ def _torch() -> str:
     )
 
 
-def _gpus() -> str:
+def gpus() -> str:
+    """The GPUs that torch sees, with their memory."""
     if not torch.cuda.is_available():
         return "none"
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -121,11 +123,21 @@ def _faiss() -> str:
     return f"{faiss.__version__}, built with {faiss.get_compile_options().strip()}"
 
 
-def _cores() -> str:
+def cores() -> str:
+    """The cores that this process may use, of those there are."""
     return f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"
 
 
-def _memory() -> str:
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def memory() -> str:
     """Total and available bytes; a container's limit where it is lower than the machine's."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}

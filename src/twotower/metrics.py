@@ -1,4 +1,6 @@
-"""Retrieval metrics: pure functions of features, with several captions to one image.
+"""Metrics of retrieval, with several captions to one image, and of zero-shot classification.
+
+All are pure functions of features and labels, and hold a block of queries' scores at a time.
 
 Definitions (CLIP-style, as Radford et al. 2021 and Karpathy and Fei-Fei 2015 report them):
 
@@ -8,6 +10,9 @@ Definitions (CLIP-style, as Radford et al. 2021 and Karpathy and Fei-Fei 2015 re
   positives).
 * R@k is the share of queries with a hit, in percent; the median rank counts from 1; the mean
   recall is the mean of R@1, R@5 and R@10 in both directions.
+* Zero-shot: each image is a query among the vectors of all classes; top-k accuracy is the share
+  of images whose class is in the top k; the mean per class is the mean of each class's top-1
+  share, over the classes that have images (balanced accuracy). Both in percent.
 * Equal scores rank by ascending position, so that a collapsed model (all scores equal) scores
   chance.
 """
@@ -21,6 +26,13 @@ import torch
 from torch import Tensor
 
 KS = (1, 5, 10)
+BLOCK = 1024
+SCORES = 1 << 23  # scores held at a time: 32 MiB in fp32
+
+
+def _block(block: int, columns: int) -> int:
+    """Queries a block: as many as asked for, but no more scores at a time than `SCORES`."""
+    return max(1, min(block, SCORES // max(columns, 1)))
 
 
 def _ranks(scores: Tensor, best: Tensor, column: Tensor) -> Tensor:
@@ -31,8 +43,26 @@ def _ranks(scores: Tensor, best: Tensor, column: Tensor) -> Tensor:
     return ahead.sum(1) + 1
 
 
+def target_ranks(items: Tensor, queries: Tensor, target: Tensor, block: int = BLOCK) -> Tensor:
+    """The rank of each query's item among all items: (Q,) int64, from 1.
+
+    Args:
+        items: (N, D) of unit norm: images, or the vectors of classes.
+        queries: (Q, D) of unit norm: captions, or images.
+        target: (Q,) rows of the queries' items.
+        block: most queries whose scores are held at a time.
+    """
+    ranks = [target[:0]]
+    step = _block(block, len(items))
+    for start in range(0, len(queries), step):
+        rows = target[start : start + step]
+        scores = queries[start : start + step] @ items.T  # (step, N)
+        ranks.append(_ranks(scores, scores.gather(1, rows[:, None])[:, 0], rows))
+    return torch.cat(ranks)
+
+
 def text_to_image_ranks(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, block: int = 1024
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, block: int = BLOCK
 ) -> Tensor:
     """The rank of each caption's image among all images: (C,) int64, from 1.
 
@@ -40,43 +70,61 @@ def text_to_image_ranks(
         image_features: (N, D) of unit norm.
         text_features: (C, D) of unit norm.
         image_of_text: (C,) rows of the captions' images.
-        block: captions whose scores are held at a time.
+        block: most captions whose scores are held at a time.
     """
-    ranks = []
-    for start in range(0, len(text_features), block):
-        rows = image_of_text[start : start + block]
-        scores = text_features[start : start + block] @ image_features.T  # (block, N)
-        ranks.append(_ranks(scores, scores.gather(1, rows[:, None])[:, 0], rows))
-    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64)
+    return target_ranks(image_features, text_features, image_of_text, block)
 
 
 def image_to_text_ranks(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, block: int = 1024
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of_text: Tensor,
+    block: int = BLOCK,
+    images: range | None = None,
 ) -> Tensor:
     """The rank of each image's best caption among all: (N,) int64, from 1; 0 without captions.
 
-    Arguments as in `text_to_image_ranks`.
+    Arguments as in `text_to_image_ranks`; `images` are the rows to rank, by default all.
     """
-    ranks = []
+    chosen = range(len(image_features)) if images is None else images
     columns = torch.arange(len(text_features), device=text_features.device)
-    for start in range(0, len(image_features), block):
-        features = image_features[start : start + block]
-        scores = features @ text_features.T  # (block, C)
+    ranks = [columns[:0]]
+    if not len(columns):
+        return image_of_text.new_zeros(len(chosen))
+    step = _block(block, len(columns))
+    for start in range(chosen.start, chosen.stop, step):
+        features = image_features[start : min(start + step, chosen.stop)]
+        scores = features @ text_features.T  # (step, C)
         rows = torch.arange(start, start + len(features), device=features.device)
         own = image_of_text[None, :] == rows[:, None]
-        best = (
-            scores.masked_fill(~own, -torch.inf).amax(1) if len(columns) else torch.zeros(len(rows))
-        )
-        first = torch.where(own & (scores == best[:, None]), columns, len(columns))
-        found = _ranks(scores, best, first.amin(1) if len(columns) else rows)
-        ranks.append(torch.where(own.any(1), found, 0))
-    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64)
+        best = scores.masked_fill(~own, -torch.inf).amax(1)
+        first = torch.where(own & (scores == best[:, None]), columns, len(columns)).amin(1)
+        ranks.append(torch.where(own.any(1), _ranks(scores, best, first), 0))
+    return torch.cat(ranks)
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
     """The share of queries whose rank is at most k, in percent; queries of rank 0 do not count."""
     asked = ranks[ranks > 0]
     return 100.0 * float((asked <= k).double().mean()) if len(asked) else float("nan")
+
+
+def top_k_accuracy(ranks: Tensor, k: int) -> float:
+    """The share of images whose class ranks at most k, in percent; ranks as of `target_ranks`."""
+    return recall_at_k(ranks, k)
+
+
+def mean_per_class(ranks: Tensor, labels: Tensor) -> float:
+    """The mean over the classes that have images of their top-1 shares, in percent.
+
+    Args:
+        ranks: (N,) of each image's class among all classes, from 1.
+        labels: (N,) of the images' classes.
+    """
+    count = torch.bincount(labels)
+    hits = torch.bincount(labels, weights=(ranks == 1).double())
+    there = count > 0
+    return 100.0 * float((hits[there] / count[there]).mean())
 
 
 def median_rank(ranks: Tensor) -> float:

@@ -15,6 +15,10 @@ class ConfigError(Exception):
     """A mistake of the user's: printed as one sentence, exit code 1, no traceback."""
 
 
+class Diverged(ConfigError):
+    """Training came to a loss or a gradient that is not finite: these settings do not train."""
+
+
 def setting(
     default: T,
     meaning: str,

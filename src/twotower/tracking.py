@@ -1,14 +1,19 @@
-"""Where numbers go: TensorBoard events and `metrics.jsonl`, from the first rank only."""
+"""Where numbers and figures go: TensorBoard events, `metrics.jsonl` and, if asked, W&B."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.wandb_run import WandbRun
 
 
 def _step(line: str) -> float:
@@ -20,15 +25,18 @@ def _step(line: str) -> float:
 
 
 class MetricWriter:
-    """Writes scalars of a run to `folder`; on other ranks than the first it writes nothing.
+    """Writes what a run measures to `folder`; on other ranks than the first it writes nothing.
 
     A line of `metrics.jsonl` is one call of `write`: {"step": 1, "time": 1.7e9, name: value};
     times are seconds since the epoch. Steps that are written again (a run trained anew) replace
-    what was there.
+    what was there. A `wandb` run gets everything too; who opened it closes it.
     """
 
-    def __init__(self, folder: Path, done: int = 0, main: bool = True) -> None:
+    def __init__(
+        self, folder: Path, done: int = 0, main: bool = True, wandb: WandbRun | None = None
+    ) -> None:
         self._tensorboard: Any = None
+        self._wandb = wandb
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -51,6 +59,28 @@ class MetricWriter:
         record = {"step": step, "time": round(time.time(), 3), **values}
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
+        if self._wandb is not None:
+            self._wandb.write(step, values)
+
+    def image(self, name: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
+        """Record a picture (H, W, 3) by name (`figures/matches`) at a step."""
+        if self._tensorboard is None:
+            return
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.image(name, pixels, step)
+
+    @property
+    def takes_tables(self) -> bool:
+        """Whether `table` records anything: only W&B has tables."""
+        return self._wandb is not None
+
+    def table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], step: int
+    ) -> None:
+        """Record a table by name at a step; its cells are text, numbers, pictures or None."""
+        if self._wandb is not None:
+            self._wandb.table(name, columns, rows, step)
 
     def close(self) -> None:
         """Flush and close both files."""

@@ -1,4 +1,4 @@
-"""The training sections of the config: the optimisation, the loss, and what guards a fine-tune."""
+"""The training sections of the config: the optimisation and the loss."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SameImage(enum.Enum):
 
 @dataclass(kw_only=True)
 class LossConfig(Choice):
-    """What every loss shares; a loss's own fields are in `training/losses.py`."""
+    """What every loss shares; a loss's own fields are in `training/loss.py`."""
 
     section: ClassVar[str] = "loss"
 
@@ -80,6 +80,9 @@ class TrainConfig(Section):
         "overwrite",
     )
 
+    start_from: str = setting(
+        "", "checkpoint whose weights the run starts from; empty is what model= says"
+    )
     epochs: int = setting(30, "passes over the training images", ge=1)
     max_steps: int = setting(0, "stop after this many optimiser steps; 0 is no limit", ge=0)
     batch_size: int = setting(
@@ -140,7 +143,9 @@ class TrainConfig(Section):
     early_stopping: bool = setting(False, "end when the watched metric no longer improves")
     patience: int = setting(5, "early stopping: validations without improvement", ge=1)
     min_change: float = setting(
-        0.0, "early stopping: smallest rise of the metric that is an improvement", ge=0
+        0.0,
+        "early stopping and plateau: smallest rise of the metric that is an improvement",
+        ge=0,
     )
     stop_on_forgetting: float = setting(
         0.0, "end when the probe's metric falls by more than this many points; 0 never", ge=0

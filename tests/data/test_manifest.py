@@ -212,3 +212,16 @@ def test_what_is_written_is_read_by_any_csv_reader(tmp_path: Path) -> None:
     path = written(tmp_path, ".csv")
     with path.open(newline="") as file:
         assert [tuple(row) for row in csv.reader(file)] == [HEADER, *ROWS]
+
+
+def test_classes_are_text_whatever_column_they_are_in(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    rows = [f"{name}.jpg,a,{label},x\n" for name, label in (("a", "01"), ("b", " 2 "), ("c", ""))]
+    path = tmp_path / "m.csv"
+    path.write_text("".join(["filepath,caption,label,class\n", *rows]))
+    chosen = ManifestConfig(manifest=str(path), class_column="label")
+    assert load_manifest(chosen).classes() == ["01", "2", None]
+    assert load_manifest(ManifestConfig(manifest=str(path))).classes() == ["x", "x", "x"]
+    assert load_manifest(ManifestConfig(manifest=str(path), class_column="")).classes() is None
+    with pytest.raises(ConfigError, match="has no column kind; .*data.class_column chooses"):
+        load_manifest(ManifestConfig(manifest=str(path), class_column="kind"))

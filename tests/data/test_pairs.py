@@ -74,7 +74,7 @@ def test_the_shapes_of_a_batch(tmp_path: Path) -> None:
     batch = batches(made(tmp_path))[0]
     assert (batch.images.shape, batch.images.dtype) == ((4, 3, 16, 16), torch.uint8)
     assert (batch.tokens.shape, batch.tokens.dtype) == ((4, 8), torch.int64)
-    assert batch.image_ids.tolist() == [0, 1, 2, 3]
+    assert batch.keys[:, 0].tolist() == [0, 1, 2, 3]
     assert batch.unreadable == ()
 
 
@@ -84,8 +84,8 @@ def test_an_unreadable_picture_gives_way_to_the_next_and_the_batch_tells(tmp_pat
     for path in damaged:
         path.write_bytes(b"")
     first, second, third = batches(dataset)
-    assert first.image_ids.tolist() == [0, 1, 4, 4]
-    assert third.image_ids.tolist() == [8, 9, 10, 0]
+    assert first.keys[:, 0].tolist() == [0, 1, 4, 4]
+    assert third.keys[:, 0].tolist() == [8, 9, 10, 0]
     assert first.unreadable == tuple(Unreadable(str(p), "the file is empty") for p in damaged[:2])
     assert second.unreadable == ()
     assert torch.equal(first.images[2], dataset[4].image)

@@ -2,6 +2,7 @@ import logging
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -77,3 +78,33 @@ def test_with_captions_leaves_out_the_bare_images_and_says_how_many(
     assert made.head(2).with_captions().table.equals(made.head(2).table)
     with pytest.raises(ConfigError, match="has pictures but no captions"):
         made.split("").take(pa.array([2, 3]).to_numpy()).with_captions()
+
+
+def test_rows_are_what_the_table_was_grouped_from() -> None:
+    rng = random.Random(1)
+    pairs = []
+    for image in range(50):
+        captions = [f"{image} {k}" for k in range(rng.randrange(4))] or [None]
+        pairs += [Pair(f"{image}.jpg", caption, "val", str(image)) for caption in captions]
+    made = table(pairs)
+    labelled = PairTable(
+        made.table.append_column("class", pa.array([str(i % 3) for i in range(50)])), ROOT, "x"
+    )
+    rows = labelled.take(np.arange(50)).rows()
+    columns = (rows[name].to_pylist() for name in Pair._fields)
+    assert [Pair(*values) for values in zip(*columns, strict=True)] == pairs
+    again = PairTable.from_rows(rows, ROOT, "x")
+    assert again.table.equals(labelled.table)
+    bare = table([Pair("a", None, "", "a"), Pair("b", None, "", "b")])
+    assert PairTable.from_rows(bare.rows(), ROOT, "x").table.equals(bare.table)
+    assert labelled.table.slice(10, 5).num_rows == 5
+    part = PairTable(labelled.table.slice(10, 5), ROOT, "x").rows()
+    assert part["image_id"].unique().to_pylist() == [str(i) for i in range(10, 15)]
+
+
+def test_classes_and_captions_that_there_are() -> None:
+    made = table([Pair("a", None, "", "a"), Pair("b", None, "", "b"), Pair("c", None, "", "c")])
+    assert made.classes() is None and not made.has_captions()
+    labelled = PairTable(made.table.append_column("class", pa.array([1, None, 2])), ROOT, "x")
+    assert labelled.classes() == ["1", None, "2"]
+    assert table([Pair("a", None, "", "a"), Pair("b", "x", "", "b")]).has_captions()

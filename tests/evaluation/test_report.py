@@ -13,10 +13,13 @@ from tests.helpers import tiny_bundle, write_pictures
 from twotower.config import Config
 from twotower.data.pairs import Pair, PairTable
 from twotower.evaluation import report as module
+from twotower.evaluation.prompts import Prompts
 from twotower.evaluation.report import data_fingerprint, describe, evaluate, measured_pairs
 from twotower.evaluation.retrieval import PictureInputs, measure_retrieval
+from twotower.evaluation.zeroshot import measure_zeroshot
 from twotower.hydra_app import compose
 from twotower.models.saved import save_bundle
+from twotower.report.compare import read_entries
 from twotower.settings import ConfigError
 
 
@@ -101,8 +104,9 @@ def test_the_seconds_are_of_the_whole_training(
     tmp_path: Path, manifest: Path, checkpoint: Path
 ) -> None:
     save_bundle(checkpoint.with_name("last.safetensors"), tiny_bundle(), seconds=8.0)
-    _, about = module.evaluate_checkpoint(config(tmp_path, manifest), checkpoint)
-    assert about["train_seconds"] == 8.0
+    measured = module.evaluate_checkpoint(config(tmp_path, manifest), checkpoint)
+    assert measured.about["train_seconds"] == 8.0
+    assert measured.zeroshot is None
 
 
 def test_the_fingerprint_is_of_paths_and_captions_and_not_of_the_place(
@@ -127,3 +131,93 @@ def test_a_place_that_cannot_be_written_gets_a_sentence(
     (tmp_path / "logs").touch()
     with pytest.raises(ConfigError, match="^cannot write .*manifest-val.json: Not a directory$"):
         evaluate(config(tmp_path, manifest, "run.name=r"))
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Twelve pictures of three colours, all for validation but those of the third."""
+    lines = ["filepath,caption,split,label"]
+    for path, caption in write_pictures(tmp_path / "pictures", 12):
+        colour = path.stem.split("_")[1]
+        split = "train" if colour == "blue" else "val"
+        lines.append(f"{path},{caption},{split},{'' if colour == 'white' else colour}")
+    path = tmp_path / "labelled.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_pictures_with_classes_are_classified_too(
+    tmp_path: Path, labelled: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {} square\n{}\n")
+    chosen = config(
+        tmp_path,
+        labelled,
+        f"checkpoint={checkpoint}",
+        "data.class_column=label",
+        f"zeroshot.templates={templates}",
+        "zeroshot.top_k=[1,2,5]",
+    )
+    evaluate(chosen)
+    written = json.loads((tmp_path / "logs/r/evaluate/manifest-val.json").read_text())
+    bundle, pairs = tiny_bundle(), measured_pairs(chosen)
+    prompts = Prompts(
+        labels=("blue", "green", "red"),  # of all splits, so that chance is a third
+        words=("blue", "green", "red"),
+        templates=("a {} square", "{}"),
+        ks=(1, 2, 5),
+    )
+    inputs = PictureInputs(pairs, bundle.eval_transform)
+    expected = measure_zeroshot(
+        bundle.model,
+        pairs,
+        inputs,
+        bundle.tokenizer,
+        prompts,
+        chosen.evaluate,
+        torch.device("cpu"),
+    )
+    assert written["zeroshot"] == expected.to_json()
+    assert (expected.images, expected.unlisted, expected.absent) == (6, 3, [5])
+    assert written["images"] == 9
+    out = capsys.readouterr().out
+    assert "zero-shot: 6 images, 3 classes, 2 templates; top-5 left out" in out
+    assert "top-1 %" in out and "top-2 %" in out and "mean per class %" in out
+    assert f"{expected.metrics['zeroshot_top1']:.1f}" in out
+
+
+def test_pictures_with_classes_and_without_captions_are_only_classified(
+    tmp_path: Path, labelled: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("Red\ngreen\npink\n")
+    evaluate(
+        config(
+            tmp_path,
+            labelled,
+            f"checkpoint={checkpoint}",
+            "data.class_column=label",
+            "data.caption_column=",
+            f"zeroshot.classes={classes}",
+            "zeroshot.templates=simple7",
+        )
+    )
+    written = json.loads((tmp_path / "logs/r/evaluate/manifest-val.json").read_text())
+    assert "metrics" not in written
+    assert written["zeroshot"]["images"] == 6
+    out = capsys.readouterr().out
+    assert out.startswith(f"{checkpoint} on manifest/val: zero-shot: 6 images, 3 classes")
+    with pytest.raises(ConfigError, match="no measurement of any run"):
+        read_entries(tmp_path / "logs")
+
+
+def test_a_class_list_for_data_without_classes_is_refused_before_measuring(
+    tmp_path: Path, manifest: Path, checkpoint: Path
+) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red\ngreen\n")
+    with pytest.raises(ConfigError, match="pairs.csv does not say what its pictures show"):
+        evaluate(
+            config(tmp_path, manifest, f"checkpoint={checkpoint}", f"zeroshot.classes={classes}")
+        )

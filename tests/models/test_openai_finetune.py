@@ -11,7 +11,8 @@ import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
-from tests.models.tiny import VIT, make_clip
+from tests.models.tiny import RESNET, VIT, make_clip
+from twotower.checkpoint.clip import Architecture
 from twotower.checkpoint.openai import write_openai
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle
 from twotower.models.openai_clip import ARCHITECTURES, Activation, to_openai_names
@@ -119,13 +120,55 @@ def test_a_tag_brings_its_own_activation_and_constants(
 
 
 def test_locked_towers_are_not_trained(weights: Path) -> None:
-    bundle = MODELS.build(OpenaiFinetuneConfig(weights=str(weights), lock_image=True))
+    bundle = MODELS.build(OpenaiFinetuneConfig(weights=str(weights), image_unlocked_stages=0))
     trained = {name for name, p in bundle.model.named_parameters() if p.requires_grad}
     everything = {name for name, _ in bundle.model.named_parameters()}
     assert trained == {name for name in everything if not name.startswith("image_tower.")}
     assert bundle.model.image_tower.locked and not bundle.model.text_tower.locked
     with pytest.raises(ConfigError, match="leave nothing to train"):
-        OpenaiFinetuneConfig(lock_image=True, lock_text=True)
+        OpenaiFinetuneConfig(image_unlocked_stages=0, text_unlocked_stages=0)
+
+
+@pytest.mark.parametrize("architecture", [VIT, RESNET])
+def test_the_last_stages_are_trained_and_the_rest_stays_bit_for_bit(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    clip, path = make_clip(architecture), tmp_path / "clip.pt"
+    write_openai(path, to_openai_names(clip.state_dict()))
+    config = OpenaiFinetuneConfig(
+        weights=str(path), image_unlocked_stages=2, text_unlocked_stages=1
+    )
+    model = MODELS.build(config).model.train()
+    vision = {
+        VIT: ("transformer.resblocks.1.", "ln_post.", "proj"),
+        RESNET: ("layer4.", "attnpool."),
+    }[architecture]
+    unlocked = (
+        "logit_scale",
+        *(f"image_tower.trunk.1.{name}" for name in vision),
+        "text_tower.trunk.ln_final.",
+        "text_tower.trunk.text_projection",
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name in dict(model.named_parameters()) if name.startswith(unlocked)}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    size = architecture.image_size
+    output = model(
+        torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8), TOKENS[[0, 1, 2, 0]]
+    )
+    logits = output.logit_scale * output.image_features @ output.text_features.T
+    (-logits.log_softmax(-1).diagonal().mean()).backward()
+    optimizer.step()
+    before, after = clip.state_dict(), model.state_dict()
+    for name, tensor in after.items():
+        if not name.startswith(unlocked):
+            assert torch.equal(tensor, before[name]), name
+        elif name in trained and not name.endswith(("k_proj.bias", "logit_scale")):
+            assert not torch.equal(tensor, before[name]), name
+    with pytest.raises(
+        ConfigError, match="text_unlocked_stages is 9, but this encoder has [34] st"
+    ):
+        MODELS.build(OpenaiFinetuneConfig(weights=str(path), text_unlocked_stages=9))
 
 
 def test_openais_archive_is_looked_for_in_the_cache_and_its_checksum_is_known(

@@ -41,7 +41,7 @@ def make(variant: str, bert: Path, sources: Path) -> ModelConfig:
     if variant.startswith("finetune"):
         clip = make_clip(VIT if variant.endswith("vit") else RESNET)
         write_openai(sources / "clip.pt", to_openai_names(clip.state_dict()))
-        return OpenaiFinetuneConfig(weights=str(sources / "clip.pt"), lock_text=True)
+        return OpenaiFinetuneConfig(weights=str(sources / "clip.pt"), text_unlocked_stages=0)
     return OpenaiPretrainConfig(architecture="tiny", context_length=9)
 
 

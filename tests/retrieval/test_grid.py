@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from tests.helpers import write_pictures
 from twotower.retrieval import grid
-from twotower.retrieval.grid import CELL, GAP, picture_name, wrap, write_grid
+from twotower.retrieval.grid import CELL, GAP, picture_name, write_grid
 from twotower.retrieval.searcher import Hit
 from twotower.settings import ConfigError
 
@@ -89,49 +89,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write .*file/grid.png"):
         write_grid([], "a", tmp_path / "file" / "grid.png")
-
-
-def test_text_is_wrapped_and_cut() -> None:
-    font = ImageFont.truetype(grid._default_font(), 14)
-    lines = wrap("one two three four five six seven eight nine ten " * 3, font, CELL, 2)
-    assert len(lines) == 2
-    assert lines[0].startswith("one two three")
-    assert lines[1].endswith("…")
-    for text in ("word " * 9, "x" * 200, "aa bb" + "犬" * 99):
-        for number in (1, 2, 5):
-            cut = wrap(text, font, CELL, number)
-            assert len(cut) <= number
-            assert all(font.getlength(line) <= CELL for line in cut)
-    assert "".join(wrap("x" * 50, font, CELL, 9)) == "x" * 50
-    assert wrap("short", font, CELL, 2) == ["short"]
-    assert wrap("", font, CELL, 2) == []
-
-
-def test_characters_that_no_font_has_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "_system_fonts", lambda: [])
-    assert grid._drawable("a dog 浜辺 runs", 14)[0] == "a dog runs"
-    assert grid._drawable("Ünïcödé λ Ж", 14)[0] == "Ünïcödé λ Ж"
-    assert grid._drawable("浜辺を走る犬", 14)[0] == ""
-
-
-def test_a_font_of_the_machine_is_taken_if_it_has_the_characters(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    default = grid._default_font()
-    other = str(Path(default).with_name("DejaVuSerif.ttf"))
-    (tmp_path / "broken.ttf").write_bytes(b"no font")
-    known = grid._characters
-    monkeypatch.setattr(
-        grid,
-        "_characters",
-        lambda file: known(file) | ({ord("犬")} if file == other else frozenset()),
-    )
-    fonts = [str(tmp_path / "broken.ttf"), default, other]
-    monkeypatch.setattr(grid, "_system_fonts", lambda: fonts)
-    text, font = grid._drawable("dog 犬", 14)
-    assert (text, font.path) == ("dog 犬", other)
-    assert grid._drawable("dog", 14)[1].path == default
-
-
-def test_no_font_that_draws_boxes_for_everything_is_used() -> None:
-    assert not any("LastResort" in Path(file).name for file in grid._system_fonts())

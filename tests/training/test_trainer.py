@@ -8,12 +8,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers import run_ranks, tiny_bundle, write_pictures
 from twotower.checkpoint.native import load_checkpoint, read_header
-from twotower.config import EvaluateConfig
+from twotower.config import EvaluateConfig, ProbeConfig
 from twotower.data.pairs import Pair, PairTable
 from twotower.distributed import Stopped
 from twotower.runs import RunPaths
 from twotower.train_config import TrainConfig
-from twotower.training.inputs import prepare_inputs
+from twotower.training.inputs import Examined, prepare_inputs
+from twotower.training.loss import LOSSES, ClipLossConfig
 from twotower.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -40,8 +41,9 @@ def make_trainer(pairs, folder, *, locked=False, dropout=0.0, **settings):
     bundle = tiny_bundle(locked=locked, dropout=dropout)
     torch.manual_seed(5)
     train, val = pairs.split("train"), pairs.split("val")
-    inputs = prepare_inputs(bundle, train, val, config, 5, CPU, folder / "features")
-    return Trainer(bundle, inputs, config, EvaluateConfig(), 5, paths, CPU)
+    inputs = prepare_inputs(bundle, train, Examined(val), config, 5, CPU, folder / "features")
+    loss = LOSSES.build(ClipLossConfig())
+    return Trainer(bundle, inputs, loss, config, EvaluateConfig(), ProbeConfig(), 5, paths, CPU)
 
 
 def stop_at(trainer, step):

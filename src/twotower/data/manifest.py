@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
 from twotower.settings import ConfigError, setting
+from twotower.wandb_files import local_file
 
 log = logging.getLogger(__name__)
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 FILES_LOOKED_FOR = 16
 NOT_A_NUMBER = ("nan", "NaN")  # how pandas and numpy write a missing caption as text
 
@@ -30,7 +32,11 @@ NOT_A_NUMBER = ("nan", "NaN")  # how pandas and numpy write a missing caption as
 class ManifestConfig(SplitConfig):
     """A CSV, TSV or Parquet file with a row for each caption of a picture."""
 
-    manifest: str = setting("", "the file: .csv, .tsv (either with .gz) or .parquet")
+    manifest: str = setting(
+        "",
+        "the file: .csv, .tsv (either with .gz) or .parquet; or wandb:<entity>/<project>/"
+        "<name>:<version>",
+    )
     root: str = setting("", "folder that relative paths start from; by default the manifest's")
     filepath_column: str = setting("filepath", "column of picture files")
     caption_column: str = setting("caption", "column of captions; empty for pictures without any")
@@ -39,6 +45,9 @@ class ManifestConfig(SplitConfig):
     )
     image_id_column: str = setting(
         "image_id", "column that says which rows are one image; without it the file path says so"
+    )
+    class_column: str = setting(
+        "class", "column of what a picture shows, for zero-shot classification, if there is one"
     )
 
 
@@ -57,7 +66,7 @@ def load_manifest(config: ManifestConfig) -> PairTable:
             f"{config.filepath_column}, {config.caption_column} and, if there is one, "
             f"{config.split_column}"
         )
-    path = Path(config.manifest)
+    path = local_file(config.manifest, ENDINGS)
     rows = _standard_columns(_read(path, config), path, config)
     name = path.name
     if not rows.num_rows:
@@ -105,6 +114,7 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
         config.caption_column,
         config.split_column,
         config.image_id_column,
+        config.class_column,
     )
 
     def read(threads: bool) -> pa.Table:
@@ -122,15 +132,17 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
 
 
 def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa.Table:
-    """Rename to filepath, caption, split and image_id, as text, and keep what else there is."""
+    """Rename to filepath, caption, split, image_id and class, as text; keep what else there is."""
     wanted = {
         "filepath": config.filepath_column,
         "caption": config.caption_column,
         "split": config.split_column,
         "image_id": config.image_id_column,
+        "class": config.class_column,
     }
     optional = ["split"] if config.split_column in ("", "split") else []
     optional += ["image_id"] if config.image_id_column in ("", "image_id") else []
+    optional += ["class"] if config.class_column in ("", "class") else []
     optional += [] if config.caption_column else ["caption"]
     there = {}
     for name, column in wanted.items():
@@ -143,7 +155,7 @@ def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa
                 f"{path} has no column {column}; it has {', '.join(table.column_names)} "
                 f"(data.{name}_column chooses another)"
             )
-    for name in there.keys() - {"caption"}:
+    for name in there.keys() - {"caption", "class"}:
         _refuse_gaps(there[name], f"{path}: the column {wanted[name]}")
     there.setdefault("caption", pa.nulls(table.num_rows, pa.large_string()))
     there.setdefault("image_id", there["filepath"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.table import SCHEMA, Pair, PairTable
 from twotower.registry import Registry
 from twotower.settings import ConfigError
+from twotower.train_config import Pairing
 
 __all__ = [
     "DATASETS",
@@ -55,70 +57,86 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step takes: uint8 pictures (B, 3, H, W), token ids (B, L), rows of the images (B,).
+    """What a step takes: uint8 pictures (B, 3, H, W), token ids (B, L), and keys (B, 2) int64.
 
-    `unreadable` lists the pictures that were passed over; it travels in the batch because a
-    loader's worker process has no other way to tell.
+    The keys number the images and the captions: equal numbers, equal things. `unreadable` lists the
+    pictures that were passed over; it travels in the batch because a loader's worker process has no
+    other way to tell.
     """
 
     images: Tensor
     tokens: Tensor
-    image_ids: Tensor
+    keys: Tensor
     unreadable: tuple[Unreadable, ...] = ()
 
 
 class ImageTextDataset(Dataset[Sample]):
-    """The pairs of a table with pictures transformed; one item an image.
+    """The pairs of a table with pictures transformed.
 
-    Each epoch an image brings one of its captions, drawn by seed, epoch and row: so two captions of
-    an image never meet in a batch as false negatives, and the draw does not depend on ranks or
-    workers. An unreadable picture is replaced by the next readable one and told in
-    `Sample.unreadable`, so that no batch shrinks.
+    With `Pairing.one` an item is an image, and each epoch it brings one of its captions, drawn by
+    seed, epoch and row: so two captions of an image never meet in a batch as false negatives, and
+    the draw does not depend on ranks or workers. Otherwise an item is a caption with its image. An
+    unreadable picture is replaced by the next readable one and told in `Sample.unreadable`, so that
+    no batch shrinks.
     """
 
     def __init__(
-        self, pairs: PairTable, transform: Callable[[Image], Tensor], *, seed: int = 0
+        self,
+        pairs: PairTable,
+        transform: Callable[[Image], Tensor],
+        *,
+        seed: int = 0,
+        pairing: Pairing = Pairing.one,
     ) -> None:
         self.pairs = pairs
         self.transform = transform
         self.seed = seed
         self.epoch = 0
+        self.captions: Sequence[str] | None = None
+        self.owner = torch.arange(len(pairs))
+        if pairing is not Pairing.one:
+            self.captions, self.owner = pairs.all_captions()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose captions are drawn; call it before the loader starts workers."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.owner)
 
-    def __getitem__(self, row: int) -> Sample:
-        """The image of a row, or the next readable one.
+    def __getitem__(self, item: int) -> Sample:
+        """The picture and the caption of an item, or of the next readable one.
 
         Raises:
             ConfigError: no picture can be read.
         """
         passed_over: list[Unreadable] = []
         for step in range(len(self)):
-            candidate = (row + step) % len(self)
-            path = self.pairs.path(candidate)
+            candidate = (item + step) % len(self)
+            row = int(self.owner[candidate])
+            path = self.pairs.path(row)
             try:
                 image = self._augmented(decode_image(path), candidate)
             except UnreadableImage as error:
                 passed_over.append(Unreadable(str(path), str(error)))
                 continue
-            return Sample(image, self.draw_caption(candidate), candidate, tuple(passed_over))
+            return Sample(image, self.caption(candidate), row, tuple(passed_over))
         file, reason = passed_over[0]
         raise ConfigError(
             f"{self.pairs.name}: no picture can be read, for example {file}: {reason}"
         )
 
-    def _augmented(self, image: Image, row: int) -> Tensor:
-        """The transform with random numbers of its own, drawn by seed, epoch and row.
+    def caption(self, item: int) -> str:
+        """The caption that an item brings in this epoch."""
+        return self.draw_caption(item) if self.captions is None else self.captions[item]
+
+    def _augmented(self, image: Image, item: int) -> Tensor:
+        """The transform with random numbers of its own, drawn by seed, epoch and item.
 
         So a picture looks the same whichever worker or rank loads it, and in a resumed run.
         """
         with torch.random.fork_rng(devices=[]):
-            seed = random.Random(f"image/{self.seed}/{self.epoch}/{row}").getrandbits(63)
+            seed = random.Random(f"image/{self.seed}/{self.epoch}/{item}").getrandbits(63)
             torch.default_generator.manual_seed(seed)
             return self.transform(image)
 
@@ -128,6 +146,12 @@ class ImageTextDataset(Dataset[Sample]):
         if len(captions) < 2:
             return captions[0] if captions else ""
         return captions[random.Random(f"{self.seed}/{self.epoch}/{row}").randrange(len(captions))]
+
+
+def caption_number(caption: str) -> int:
+    """A number of 63 bits that identical captions share, whichever process asks."""
+    digest = hashlib.blake2b(caption.strip().casefold().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +165,7 @@ class Collate:
         return Batch(
             torch.stack(images),
             self.tokenizer(captions),
-            torch.tensor(image_ids),
+            torch.tensor([image_ids, [caption_number(text) for text in captions]]).T,
             tuple(dict.fromkeys(chain.from_iterable(unreadable))),
         )
 

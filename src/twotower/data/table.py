@@ -103,6 +103,17 @@ class PairTable:
         arrays = [pa.array(column, pa.large_string()) for column in columns]
         return cls.from_rows(pa.table(arrays, names=list(Pair._fields)), root, name)
 
+    def rows(self) -> pa.Table:
+        """A row a caption, or one without, as a manifest has them: what `from_rows` groups."""
+        lists = _column(self.table["captions"])
+        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+        image = np.repeat(np.arange(len(self)), np.maximum(lengths, 1))
+        there = lengths[image] > 0
+        place = pa.array(np.cumsum(there) - 1, mask=~there)
+        captions = pc.list_flatten(lists).take(place)
+        rows = self.table.drop_columns(["captions"]).take(pa.array(image))
+        return rows.add_column(1, "caption", captions)
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -143,6 +154,20 @@ class PairTable:
         rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
         captions: list[str] = pc.list_flatten(lists).to_pylist()
         return captions, torch.from_numpy(rows.astype("int64"))
+
+    def classes(self) -> list[str | None] | None:
+        """What each picture shows, from the column `class`; None without it, or where it is blank.
+
+        Class folders have the column, and a manifest may.
+        """
+        if "class" not in self.table.column_names:
+            return None
+        text = pc.utf8_trim_whitespace(self.table["class"].cast(pa.large_string()))
+        return [label or None for label in text.to_pylist()]
+
+    def has_captions(self) -> bool:
+        """Whether any image has a caption."""
+        return bool(pc.any(pc.greater(pc.list_value_length(self.table["captions"]), 0)).as_py())
 
     def with_captions(self) -> PairTable:
         """The images that have a caption: what training and measuring need.

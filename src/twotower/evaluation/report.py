@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -16,7 +16,14 @@ from twotower.config import Config
 from twotower.console import print_table, say
 from twotower.data.pairs import PairTable, load_pairs
 from twotower.distributed import is_main_process, launch, resolve_device
-from twotower.evaluation.retrieval import PictureInputs, RetrievalReport, measure_retrieval
+from twotower.evaluation.prompts import zeroshot_prompts
+from twotower.evaluation.retrieval import (
+    PairFeatures,
+    PictureInputs,
+    RetrievalReport,
+    measure_pairs,
+)
+from twotower.evaluation.zeroshot import ZeroShotReport, measure_zeroshot
 from twotower.metrics import KS
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.saved import load_bundle
@@ -46,13 +53,28 @@ def report_table(report: RetrievalReport) -> Table:
     return table
 
 
-def measured_pairs(config: Config) -> PairTable:
-    """The images that the evaluate section measures on.
+def zeroshot_table(report: ZeroShotReport) -> Table:
+    """The accuracies, in one row."""
+    table = Table("")
+    for name in report.metrics:
+        heading = name.removeprefix("zeroshot_").replace("top", "top-").replace("_", " ")
+        table.add_column(f"{heading} %", justify="right")
+    table.add_row("zero-shot", *(f"{value:.1f}" for value in report.metrics.values()))
+    return table
+
+
+def measured_pairs(config: Config, source: PairTable | None = None) -> PairTable:
+    """The images that the evaluate section measures on, out of all of the `source`.
+
+    Those without captions are left out, unless none has and zero-shot classification is possible.
 
     Raises:
-        ConfigError: the source or the split is missing, or has no captions.
+        ConfigError: the source or the split is missing, or has neither captions nor classes.
     """
-    pairs = load_pairs(config.data).split(config.evaluate.split).with_captions()
+    whole = load_pairs(config.data) if source is None else source
+    pairs = whole.split(config.evaluate.split)
+    if pairs.has_captions() or pairs.classes() is None:
+        pairs = pairs.with_captions()
     return pairs.head(config.evaluate.max_images)
 
 
@@ -65,31 +87,43 @@ def data_fingerprint(pairs: PairTable) -> str:
     return digest.hexdigest()[:12]
 
 
-def evaluate_checkpoint(config: Config, checkpoint: Path) -> tuple[RetrievalReport, dict[str, Any]]:
+class Evaluation(NamedTuple):
+    """What `evaluate` measured, None where the data does not allow it, and what it is about."""
+
+    retrieval: RetrievalReport | None
+    zeroshot: ZeroShotReport | None
+    about: dict[str, Any]
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path) -> Evaluation:
     """Measure a checkpoint on this rank's part of the split, and gather; every rank calls it.
 
-    Returns:
-        The report, and what it is about: variant, parameters, seconds of training, data, split.
-
     Raises:
-        ConfigError: the checkpoint or the split is missing.
+        ConfigError: the checkpoint or the split is missing, or a class list does not fit the data.
     """
     device = resolve_device(config.distributed)
+    source = load_pairs(config.data)
+    pairs = measured_pairs(config, source)
+    prompts = zeroshot_prompts(config.zeroshot, source, pairs)
     bundle = load_bundle(checkpoint)
-    pairs = measured_pairs(config)
-    report = measure_retrieval(
-        bundle.model.to(device),
-        pairs,
-        PictureInputs(pairs, bundle.eval_transform),
-        bundle.tokenizer,
-        config.evaluate,
-        device,
-        bootstrap=config.evaluate.bootstrap,
-    )
+    model, tokenizer = bundle.model.to(device), bundle.tokenizer
+    inputs = PictureInputs(pairs, bundle.eval_transform)
+    retrieval, zeroshot = None, None
+    features: PairFeatures | None = None
+    how = config.evaluate
+    if pairs.has_captions() or prompts is None:
+        measured = measure_pairs(
+            model, pairs, inputs, tokenizer, how, device, bootstrap=how.bootstrap
+        )
+        retrieval, features = measured
+    if prompts is not None:
+        zeroshot = measure_zeroshot(
+            model, pairs, inputs, tokenizer, prompts, how, device, features=features
+        )
     last = checkpoint.with_name("last.safetensors")
     seconds = read_header(last if last.is_file() else checkpoint).get("seconds", 0.0)
     about = describe(bundle, checkpoint, config, float(seconds), pairs)
-    return report, about
+    return Evaluation(retrieval, zeroshot, about)
 
 
 def describe(
@@ -122,33 +156,47 @@ def report_path(logs: Path, config: Config) -> Path:
     return logs / "evaluate" / f"{config.data.registered_name}-{split}{first}.json"
 
 
-def write_report(path: Path, report: RetrievalReport, **about: Any) -> None:
-    """Write a report and what it is about as JSON, whole or not at all.
+def write_report(
+    path: Path,
+    report: RetrievalReport | None,
+    zeroshot: ZeroShotReport | None = None,
+    **about: Any,
+) -> None:
+    """Write reports and what they are about as JSON, whole or not at all.
 
     Raises:
         ConfigError: the folder cannot be written, or the disk is full.
     """
+    found = dict(about)
+    if report is not None:
+        found |= report.to_json()
+    if zeroshot is not None:
+        found["zeroshot"] = zeroshot.to_json()
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps({**about, **report.to_json()}, indent=2) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def evaluate(config: Config) -> None:
-    """Measure, print a table, write `logs/<run>/evaluate/<data>-<split>.json`.
+    """Measure, print tables, write `logs/<run>/evaluate/<data>-<split>.json`.
 
     Raises:
         ConfigError: as `evaluate_checkpoint`.
     """
     checkpoint = checkpoint_path(config)
-    report, about = launch(evaluate_checkpoint, config.distributed, config, checkpoint)
+    measured = launch(evaluate_checkpoint, config.distributed, config, checkpoint)
     if not is_main_process():
         return
+    retrieval, zeroshot, about = measured
     path = report_path(logs_path(config), config)
-    write_report(path, report, **about)
-    say(
-        f"{checkpoint} on {about['data']}/{about['split']}: {report.images} images, "
-        f"{report.captions} captions; brackets: 95 % bootstrap intervals over images"
-    )
-    print_table(report_table(report))
+    write_report(path, retrieval, zeroshot, **about)
+    where = f"{checkpoint} on {about['data']}/{about['split']}"
+    if retrieval is not None:
+        say(
+            f"{where}: {retrieval.images} images, {retrieval.captions} captions; "
+            "brackets: 95 % bootstrap intervals over images"
+        )
+        print_table(report_table(retrieval))
+    if zeroshot is not None:
+        say(f"{where}: {zeroshot.about()}" if retrieval is None else zeroshot.about())
+        print_table(zeroshot_table(zeroshot))
     log.info("written to %s", path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from twotower import metrics
@@ -80,12 +80,98 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def _keep_readable(items: Sequence[Tensor | None]) -> tuple[Tensor | None, list[bool]]:
     readable = [item for item in items if item is not None]
     return (torch.stack(readable) if readable else None), [item is not None for item in items]
 
 
-@torch.no_grad()
+def gathered(part: Tensor) -> Tensor:
+    """Each rank's rows, in rank order, on every rank; a part without rows may be of any width."""
+    return torch.cat(all_gather_objects(part))
+
+
+def encode_images(
+    model: DualEncoder,
+    inputs: Dataset[Tensor | None],
+    config: EvaluateConfig,
+    device: torch.device,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of `inputs`: unit-norm features (n, D) of what can be read, and its rows.
+
+    The features are on the CPU, in fp32; where nothing can be read they are an empty vector.
+    """
+    own = shard_range(len(inputs), rank(), world_size())  # type: ignore[arg-type]
+    loader = DataLoader(
+        Subset(inputs, own),
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        worker_init_fn=plain_signals,
+        collate_fn=_keep_readable,
+        generator=torch.Generator(),  # the model's random state must not depend on evaluations
+    )
+    features = [torch.empty(0)]
+    readable: list[bool] = []
+    for images, kept in loader:
+        readable += kept
+        if images is not None:
+            with autocast(device, precision):
+                encoded = model.encode_image(images.to(device, non_blocking=True), normalize=True)
+            features.append(encoded.float().cpu())
+    rows = own.start + torch.tensor(readable, dtype=torch.bool).nonzero()[:, 0]
+    return torch.cat(features), rows
+
+
+def encode_texts(
+    model: DualEncoder,
+    tokenizer: Callable[[Sequence[str]], Tensor],
+    texts: Sequence[str],
+    config: EvaluateConfig,
+    device: torch.device,
+    precision: Precision,
+) -> Tensor:
+    """Unit-norm features (n, D) of texts, on the CPU, in fp32."""
+    features = [torch.empty(0)]
+    for start in range(0, len(texts), config.batch_size):
+        tokens = tokenizer(texts[start : start + config.batch_size]).to(device)
+        with autocast(device, precision):
+            features.append(model.encode_text(tokens, normalize=True).float().cpu())
+    return torch.cat(features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFeatures:
+    """Unit-norm features of a table's readable images and of their captions, in the table's order.
+
+    Attributes:
+        images: (N, D).
+        texts: (C, D).
+        owner: (C,) row of each caption's image in `images`.
+        rows: (N,) row of each image in the table.
+        captions: the texts.
+        unreadable: images that are left out, with their captions.
+    """
+
+    images: Tensor
+    texts: Tensor
+    owner: Tensor
+    rows: Tensor
+    captions: list[str]
+    unreadable: int
+
+
 def pair_features(
     model: DualEncoder,
     pairs: PairTable,
@@ -94,49 +180,90 @@ def pair_features(
     config: EvaluateConfig,
     device: torch.device,
     precision: Precision = Precision.fp32,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Unit-norm features of the readable images and of their captions, the same on every rank.
+) -> PairFeatures:
+    """Encode images and captions, each rank its part; every rank gets all.
+
+    Args:
+        inputs: the image tower's input of each row of `pairs`, None where it cannot be read.
+        tokenizer: captions -> the text tower's input.
 
     Raises:
-        ConfigError: no picture can be read.
-
-    Returns:
-        image features (N, D), caption features (C, D), rows of the captions' images (C,), and how
-        many images could not be read: they and their captions are left out.
+        ConfigError: no picture can be read, or there are no captions.
     """
-    rows = shard_range(len(pairs), rank(), world_size())
-    loader = DataLoader(
-        Subset(inputs, rows),
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        worker_init_fn=plain_signals,
-        collate_fn=_keep_readable,
-        generator=torch.Generator(),  # the model's random state must not depend on evaluations
+    with evaluating(model):
+        part, own_rows = encode_images(model, inputs, config, device, precision)
+        images, rows = gathered(part), gathered(own_rows)
+        if not len(rows):
+            raise ConfigError(f"{pairs.name}: no picture can be read, for example {pairs.path(0)}")
+        captions, owner = pairs.all_captions()
+        place = torch.full((len(pairs),), -1)
+        place[rows] = torch.arange(len(rows))
+        owner = place[owner]  # -1 where the image cannot be read
+        kept = (owner >= 0).nonzero()[:, 0].tolist()
+        if not kept:
+            raise ConfigError(f"{pairs.name} has no captions, so retrieval cannot be measured")
+        captions = [captions[index] for index in kept]
+        own = shard_range(len(captions), rank(), world_size())
+        texts = captions[own.start : own.stop]
+        encoded = encode_texts(model, tokenizer, texts, config, device, precision)
+    return PairFeatures(
+        images=images,
+        texts=gathered(encoded),
+        owner=owner[kept],
+        rows=rows,
+        captions=captions,
+        unreadable=len(pairs) - len(rows),
     )
-    features: list[Tensor] = []
-    readable: list[bool] = []
-    for images, kept in loader:
-        readable += kept
-        if images is not None:
-            with autocast(device, precision):
-                encoded = model.encode_image(images.to(device, non_blocking=True), normalize=True)
-            features.append(encoded.float().cpu())
-    readable = [flag for part in all_gather_objects(readable) for flag in part]
-    if not any(readable):
-        raise ConfigError(f"{pairs.name}: no picture can be read, for example {pairs.path(0)}")
-    image_features = torch.cat([f for part in all_gather_objects(features) for f in part])
-    captions, owner = pairs.all_captions()
-    kept_image = torch.tensor(readable)
-    new_row = kept_image.cumsum(0) - 1
-    chosen = [index for index in range(len(captions)) if readable[int(owner[index])]]
-    texts = [captions[chosen[i]] for i in shard_range(len(chosen), rank(), world_size())]
-    encoded_texts = []
-    for start in range(0, len(texts), config.batch_size):
-        tokens = tokenizer(texts[start : start + config.batch_size]).to(device)
-        with autocast(device, precision):
-            encoded_texts.append(model.encode_text(tokens, normalize=True).float().cpu())
-    text_features = torch.cat([f for part in all_gather_objects(encoded_texts) for f in part])
-    return image_features, text_features, new_row[owner[chosen]], readable.count(False)
+
+
+def rank_pairs(features: PairFeatures, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks of caption -> image (C,) and of image -> caption (N,), each rank computing its part."""
+    images, texts = features.images.to(device), features.texts.to(device)
+    owner = features.owner.to(device)
+    own = shard_range(len(texts), rank(), world_size())
+    part = slice(own.start, own.stop)
+    to_image = metrics.text_to_image_ranks(images, texts[part], owner[part])
+    own = shard_range(len(images), rank(), world_size())
+    to_text = metrics.image_to_text_ranks(images, texts, owner, images=own)
+    return gathered(to_image.cpu()), gathered(to_text.cpu())
+
+
+class Measured(NamedTuple):
+    """A report, and the features that it is of: for figures, and for zero-shot classification."""
+
+    report: RetrievalReport
+    features: PairFeatures
+
+
+def measure_pairs(
+    model: DualEncoder,
+    pairs: PairTable,
+    inputs: Dataset[Tensor | None],
+    tokenizer: Callable[[Sequence[str]], Tensor],
+    config: EvaluateConfig,
+    device: torch.device,
+    precision: Precision = Precision.fp32,
+    bootstrap: int = 0,
+) -> Measured:
+    """Measure retrieval on pairs, on all ranks together; every rank gets the same.
+
+    Raises:
+        ConfigError: no picture can be read, or there are no captions.
+    """
+    features = pair_features(model, pairs, inputs, tokenizer, config, device, precision)
+    to_image, to_text = rank_pairs(features, device)
+    if features.unreadable:
+        log.warning(
+            "%d images of %s cannot be read and are left out", features.unreadable, pairs.name
+        )
+    report = RetrievalReport(
+        metrics=metrics.retrieval_metrics(to_image, to_text),
+        intervals=metrics.bootstrap_intervals(to_image, to_text, features.owner, bootstrap),
+        images=len(features.images),
+        captions=len(features.texts),
+        unreadable=features.unreadable,
+    )
+    return Measured(report, features)
 
 
 def measure_retrieval(
@@ -149,27 +276,7 @@ def measure_retrieval(
     precision: Precision = Precision.fp32,
     bootstrap: int = 0,
 ) -> RetrievalReport:
-    """Measure a model on pairs, on all ranks together; every rank gets the report.
-
-    Raises:
-        ConfigError: no picture can be read, or there are no captions.
-    """
-    if not pairs.all_captions()[0]:
-        raise ConfigError(f"{pairs.name} has no captions, so retrieval cannot be measured on it")
-    was_training = model.training
-    model.eval()
-    images, texts, owner, unreadable = pair_features(
-        model, pairs, inputs, tokenizer, config, device, precision
-    )
-    model.train(was_training)
-    to_image = metrics.text_to_image_ranks(images, texts, owner)
-    to_text = metrics.image_to_text_ranks(images, texts, owner)
-    if unreadable:
-        log.warning("%d images of %s cannot be read and are left out", unreadable, pairs.name)
-    return RetrievalReport(
-        metrics=metrics.retrieval_metrics(to_image, to_text),
-        intervals=metrics.bootstrap_intervals(to_image, to_text, owner, bootstrap),
-        images=len(images),
-        captions=len(texts),
-        unreadable=unreadable,
-    )
+    """The report of `measure_pairs`."""
+    return measure_pairs(
+        model, pairs, inputs, tokenizer, config, device, precision, bootstrap
+    ).report

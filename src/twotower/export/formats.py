@@ -11,6 +11,7 @@ from twotower.config import ExportFormat
 from twotower.export import huggingface, onnx, open_clip, openai
 from twotower.export.probe import Probe
 from twotower.models.dual_encoder import ModelBundle
+from twotower.models.lora import merge_adapters
 from twotower.settings import ConfigError
 
 FILE_SUFFIXES = (".pt", ".pth", ".onnx", ".safetensors", ".bin")
@@ -52,6 +53,10 @@ EXPORTERS = {
 def export_bundle(bundle: ModelBundle, kind: ExportFormat, path: Path, probe: Probe) -> str:
     """Write a bundle in a format, have it read again, and keep it only if the features are equal.
 
+    Adapters (LoRA) are added into the weights first.
+
+    Adapters are merged into the weights that they adapt.
+
     Returns:
         A sentence about what is there now and how to open it.
 
@@ -61,6 +66,8 @@ def export_bundle(bundle: ModelBundle, kind: ExportFormat, path: Path, probe: Pr
     """
     exporter = EXPORTERS[kind]
     check_place(path, exporter.folder, kind)
+    bundle = merge_adapters(bundle)
+    bundle = merge_adapters(bundle)
     place = replacing_folder(path) if exporter.folder else replacing(path)
     with place as temporary:
         exporter.write(bundle, temporary)

@@ -6,19 +6,20 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
-from twotower.config import BatchNorm, ModelConfig
+from twotower.config import BatchNorm, PretrainedConfig
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle, Tower
 from twotower.models.huggingface_text import Pooling, load_text, rebuild_text
 from twotower.models.locking import (
-    ALL,
     keep_locked_parts_in_evaluation,
-    lock_all_but,
+    lock_stages,
     trainable_batch_norms,
 )
+from twotower.models.lora import add_adapters
 from twotower.models.preprocess import ImageInput, rgb
-from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input, stages
+from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input
 from twotower.settings import ConfigError, setting
 
 
@@ -30,7 +31,7 @@ class HeadKind(enum.Enum):
 
 
 @dataclass(kw_only=True)
-class BertResnetConfig(ModelConfig):
+class BertResnetConfig(PretrainedConfig):
     """Two pretrained encoders of any kind, and the heads between them."""
 
     text_encoder: str = setting(
@@ -53,12 +54,6 @@ class BertResnetConfig(ModelConfig):
     head: HeadKind = setting(HeadKind.linear, "projection heads: linear or mlp")
     head_width: int = setting(1024, "hidden width of an mlp head", ge=1)
     head_dropout: float = setting(0.0, "dropout inside the heads", ge=0, lt=1)
-    image_unlocked_stages: int = setting(
-        ALL, "last stages of the image encoder that are trained; -1 is all, 0 none", ge=ALL
-    )
-    text_unlocked_stages: int = setting(
-        ALL, "last layers of the text encoder that are trained; -1 is all, 0 none", ge=ALL
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +99,8 @@ def build_bert_resnet(
             locked=config.text_unlocked_stages == 0,
         ),
     )
+    pictures = torch.zeros(1, 3, image_input.size, image_input.size)
+    add_adapters(model, config, pictures, tokenizer(["a"]))
     return ModelBundle(
         model=model,
         train_transform=image_input.train_transform(config),
@@ -145,14 +142,10 @@ def _as_configured(image_input: ImageInput, config: BertResnetConfig) -> ImageIn
 
 def _lock(image_trunk: nn.Module, text_trunk: nn.Module, config: BertResnetConfig) -> None:
     """Lock what the config says; fully locked trunks are left to `Tower`."""
-    if config.image_unlocked_stages > 0:
-        key = "model.image_unlocked_stages"
-        lock_all_but(stages(image_trunk), config.image_unlocked_stages, key)
-        keep_locked_parts_in_evaluation(image_trunk)
-    if config.text_unlocked_stages > 0:
-        key = "model.text_unlocked_stages"
-        lock_all_but(text_trunk.stages(), config.text_unlocked_stages, key)  # type: ignore[operator]
-        keep_locked_parts_in_evaluation(text_trunk)
+    lock_stages(image_trunk, config.image_unlocked_stages, "image")
+    lock_stages(text_trunk, config.text_unlocked_stages, "text")
+    for trunk in (image_trunk, text_trunk):
+        keep_locked_parts_in_evaluation(trunk)
     from_random = config.image_weights == RANDOM and config.image_unlocked_stages != 0
     if from_random and config.batch_norm is BatchNorm.frozen and trainable_batch_norms(image_trunk):
         raise ConfigError(

@@ -31,11 +31,15 @@ class Tokenizer(Protocol):
 
 
 class DualEncoderOutput(NamedTuple):
-    """Unit-norm features (B, D) of either tower, and the factor of their cosines."""
+    """Unit-norm features (B, D) of either tower, the factor of their cosines, and what is added.
+
+    `logit_bias` is 0 unless the model was trained with a loss that learns it.
+    """
 
     image_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor
 
 
 class Tower(nn.Module):
@@ -96,11 +100,16 @@ class PixelNorm(nn.Module):
 class DualEncoder(nn.Module):
     """An image tower, a text tower and a learned temperature, as in CLIP (Radford et al. 2021).
 
-    `logit_scale` is stored as a logarithm and used as `logit_scale.exp()`.
+    `logit_scale` is stored as a logarithm and used as `logit_scale.exp()`. `logit_bias` is None
+    unless the loss learns it (Zhai et al. 2023).
     """
 
     def __init__(
-        self, image_tower: nn.Module, text_tower: nn.Module, logit_scale: nn.Parameter | None = None
+        self,
+        image_tower: nn.Module,
+        text_tower: nn.Module,
+        logit_scale: nn.Parameter | None = None,
+        logit_bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.image_tower = image_tower
@@ -108,6 +117,7 @@ class DualEncoder(nn.Module):
         if logit_scale is None:
             logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """uint8 or normalised pictures (B, 3, H, W) -> features (B, D), of unit norm if asked."""
@@ -124,7 +134,15 @@ class DualEncoder(nn.Module):
             self.encode_image(images, normalize=True),
             self.encode_text(tokens, normalize=True),
             self.logit_scale.exp(),
+            torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias,
         )
+
+    def start_temperature(self, logit_scale: float, logit_bias: float) -> None:
+        """Let the temperature start from these values, unless its weights bring a bias."""
+        if self.logit_bias is None:
+            with torch.no_grad():
+                self.logit_scale.fill_(logit_scale)
+            self.logit_bias = nn.Parameter(torch.full_like(self.logit_scale, logit_bias))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

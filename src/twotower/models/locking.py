@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twotower.config import BatchNorm
+from twotower.config import ALL, BatchNorm
 from twotower.distributed import is_main_process
+from twotower.models.stages import encoder_stages
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
-
-ALL = -1  # every stage is trained
 
 
 def lock_all_but(stages: Sequence[Sequence[nn.Parameter]], unlocked: int, key: str) -> None:
@@ -34,6 +33,18 @@ def lock_all_but(stages: Sequence[Sequence[nn.Parameter]], unlocked: int, key: s
     for stage in stages[: len(stages) - unlocked]:
         for parameter in stage:
             parameter.requires_grad_(False)
+
+
+def lock_stages(trunk: nn.Module, unlocked: int, side: str) -> None:
+    """Train the last `unlocked` stages of an encoder; what is locked altogether is left to `Tower`.
+
+    Raises:
+        ConfigError: the encoder of this side (image or text) has fewer stages, or none.
+    """
+    if unlocked > 0:
+        key = f"model.{side}_unlocked_stages"
+        none = f"{key}: this {side} encoder has no stages; use -1 or 0"
+        lock_all_but(encoder_stages(trunk, none), unlocked, key)
 
 
 def _evaluate(module: nn.Module, _: Any) -> None:
@@ -69,15 +80,18 @@ def trainable_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def apply_batch_norm_policy(model: nn.Module, policy: BatchNorm, world_size: int) -> None:
+def apply_batch_norm_policy(
+    model: nn.Module, policy: BatchNorm, world_size: int, in_micro_batches: bool = False
+) -> None:
     """Make the batch norms of trainable towers follow `policy`; call it on the final device.
 
     frozen: they normalise by their running statistics, which stay as they are (their weights are
     still trained). sync: each step's statistics are those of the batch over all ranks. local: of
-    each rank's own part.
+    each rank's own part, or of each micro-batch.
 
     Raises:
-        ConfigError: sync over several ranks on CPUs, which torch does not offer.
+        ConfigError: sync over several ranks on CPUs, which torch does not offer, or with
+            micro-batches, whose statistics are never those of the batch.
     """
     norms = trainable_batch_norms(model)
     if not norms:
@@ -85,11 +99,16 @@ def apply_batch_norm_policy(model: nn.Module, policy: BatchNorm, world_size: int
     if policy is BatchNorm.frozen:
         for parent, name in norms:
             keep_in_evaluation(getattr(parent, name))
-    elif world_size > 1 and policy is BatchNorm.local:
+    elif policy is BatchNorm.sync and in_micro_batches:
+        raise ConfigError(
+            "model.batch_norm=sync cannot be kept with train.micro_batch_size; use "
+            "model.batch_norm=frozen, or train.micro_batch_size=0"
+        )
+    elif policy is BatchNorm.local and (world_size > 1 or in_micro_batches):
         if is_main_process():
             log.warning(
-                "model.batch_norm=local: each of %d ranks normalises by its own part of the batch",
-                world_size,
+                "model.batch_norm=local: each %s normalises by its own part of the batch",
+                "micro-batch" if in_micro_batches else f"of {world_size} ranks",
             )
     elif world_size > 1:
         _synchronise(norms)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.checkpoint.clip import Architecture
-from twotower.config import ModelConfig
+from twotower.config import ALL, ModelConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
+from twotower.models.locking import keep_locked_parts_in_evaluation, lock_stages
 from twotower.models.preprocess import ImageInput
 from twotower.settings import ConfigError
 
@@ -142,12 +143,16 @@ def build_towers(
     image_input: ImageInput,
     *,
     quick_gelu: bool,
-    lock_image: bool = False,
-    lock_text: bool = False,
+    image_unlocked: int = ALL,
+    text_unlocked: int = ALL,
 ) -> DualEncoder:
     """A dual encoder of an OpenAI architecture with OpenAI's random initialisation.
 
-    A locked tower is locked with its projection: its features are final, its head the identity.
+    The last stages that are unlocked begin with the projection, so that a locked tower's features
+    are final and its head is the identity.
+
+    Raises:
+        ConfigError: an encoder has fewer stages than are to be unlocked.
     """
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
@@ -172,9 +177,15 @@ def build_towers(
         quick_gelu=quick_gelu,
     )
     image_trunk = nn.Sequential(image_input.norm(), clip.visual)
+    for trunk, unlocked, side in (
+        (image_trunk, image_unlocked, "image"),
+        (clip.text, text_unlocked, "text"),
+    ):
+        lock_stages(trunk, unlocked, side)
+        keep_locked_parts_in_evaluation(trunk)
     return DualEncoder(
-        Tower(image_trunk, nn.Identity(), locked=lock_image),
-        Tower(clip.text, nn.Identity(), locked=lock_text),
+        Tower(image_trunk, nn.Identity(), locked=image_unlocked == 0),
+        Tower(clip.text, nn.Identity(), locked=text_unlocked == 0),
         clip.logit_scale,
     )
 

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from twotower.checkpoint.clip import Architecture, ClipCheckpoint, Pixels, infer_architecture
 from twotower.checkpoint.download import cached_file, download, reach_hub
 from twotower.checkpoint.openai import clip_weights
 from twotower.checkpoint.tensors import read_tensors
-from twotower.config import ModelConfig
+from twotower.config import PretrainedConfig
 from twotower.models.clip_weights import FORMATS, read_clip
 from twotower.models.dual_encoder import MODELS, ModelBundle
+from twotower.models.lora import add_adapters
 from twotower.models.openai_clip import (
     ARCHITECTURES,
     Activation,
@@ -35,7 +38,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 @dataclass(kw_only=True)
-class OpenaiFinetuneConfig(ModelConfig):
+class OpenaiFinetuneConfig(PretrainedConfig):
     """A pretrained CLIP and what of it is trained."""
 
     architecture: str = setting(
@@ -48,8 +51,6 @@ class OpenaiFinetuneConfig(ModelConfig):
         "auto: what the weights were trained with (quick_gelu, as OpenAI's, where their file "
         "does not tell); or quick_gelu, gelu",
     )
-    lock_image: bool = setting(False, "keep the image tower as it is")
-    lock_text: bool = setting(False, "keep the text tower as it is")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,9 +59,10 @@ class OpenaiFinetuneConfig(ModelConfig):
             raise ConfigError(
                 f"model.architecture has no {self.architecture!r}; it is one of {', '.join(names)}"
             )
-        if self.lock_image and self.lock_text:
+        if self.image_unlocked_stages == self.text_unlocked_stages == 0:
             raise ConfigError(
-                "model.lock_image and model.lock_text together leave nothing to train; unlock one"
+                "model.image_unlocked_stages=0 and model.text_unlocked_stages=0 leave nothing to "
+                "train; unlock a stage of one (1 is its projection)"
             )
 
 
@@ -86,12 +88,15 @@ def build_openai_finetune(
         architecture,
         image_input,
         quick_gelu=quick_gelu,
-        lock_image=config.lock_image,
-        lock_text=config.lock_text,
+        image_unlocked=config.image_unlocked_stages,
+        text_unlocked=config.text_unlocked_stages,
     )
     if clip is not None:
         load_openai_weights(model, clip.weights, clip.source)
-    return build_bundle(config, model, architecture, image_input)
+    bundle = build_bundle(config, model, architecture, image_input)
+    pictures = torch.zeros(1, 3, image_input.size, image_input.size)
+    add_adapters(model, config, pictures, bundle.tokenizer([""]))
+    return bundle
 
 
 def openai_archive(architecture: str) -> tuple[str, str]:

@@ -90,6 +90,8 @@ def _check(path: Path, header: dict[str, Any], variants: Sequence[Any]) -> None:
 
 def _fill(path: Path, bundle: ModelBundle, weights: dict[str, Tensor]) -> None:
     own = {name: tensor for name, tensor in weights.items() if not name.startswith(TRAINING)}
+    if "logit_bias" in own:
+        bundle.model.start_temperature(0.0, 0.0)
     try:
         bundle.model.load_state_dict(own)
     except RuntimeError as error:

@@ -93,17 +93,9 @@ def resize_input(trunk: nn.Module, size: int, key: str = "model.image_size") -> 
 
 
 def stages(trunk: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters in the order of the forward pass: stem, then one stage a group of timm's.
-
-    Raises:
-        ConfigError: the model does not tell its groups.
-    """
+    """The parameters in the order of the forward pass: stem, then one stage a group of timm's."""
     from timm.models import group_parameters
 
-    if not hasattr(trunk, "group_matcher"):
-        raise ConfigError(
-            "model.image_unlocked_stages: this image encoder has no stages; use -1 or 0"
-        )
     names = group_parameters(trunk, trunk.group_matcher(coarse=True))  # type: ignore[operator]
     parameters = dict(trunk.named_parameters())
     return [[parameters[name] for name in names[number]] for number in sorted(names)]

@@ -79,9 +79,11 @@ class Entry:
 
 
 def read_entry(file: Path) -> Entry | None:
-    """The measurement in a file; None, and a warning, if the file is damaged."""
+    """The measured retrieval in a file; None without any, or, with a warning, if it is damaged."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
+        if "zeroshot" in report and "metrics" not in report:
+            return None
         entry = Entry(file.parent.parent.name, report, file.stat().st_mtime)
         entry.cells()
         _ = (entry.where, entry.mean_recall, report["checkpoint"])

@@ -26,6 +26,7 @@ from twotower.retrieval.kept import open_index
 from twotower.retrieval.searcher import Hit, Searcher, check_text
 from twotower.runs import logs_path, store_path
 from twotower.settings import ConfigError
+from twotower.wandb_files import CHECKPOINTS, local_file
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:
         raise ConfigError(
             f"the store {store.folder} does not say which checkpoint made it; give checkpoint=..."
         )
-    named = Path(asked or store.manifest.checkpoint)
+    named = local_file(asked or store.manifest.checkpoint, CHECKPOINTS)
     places = [named] if asked else [named, store.folder.parent / named.name]
     for place in places:
         if place.is_file():

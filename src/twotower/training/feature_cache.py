@@ -31,7 +31,7 @@ from twotower.evaluation.retrieval import PictureInputs, autocast
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.huggingface_text import HuggingFaceText
 from twotower.settings import ConfigError
-from twotower.train_config import TrainConfig
+from twotower.train_config import Pairing, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,15 @@ GPU_BATCH_ROWS = 256
 class CachedImages(ImageTextDataset):
     """The same pairs, with the locked trunk's features (F,) in place of the pictures."""
 
-    def __init__(self, pairs: PairTable, features: Tensor, *, seed: int) -> None:
-        super().__init__(pairs, _no_transform, seed=seed)
+    def __init__(
+        self, pairs: PairTable, features: Tensor, *, seed: int, pairing: Pairing = Pairing.one
+    ) -> None:
+        super().__init__(pairs, _no_transform, seed=seed, pairing=pairing)
         self.features = features
 
-    def __getitem__(self, row: int) -> Sample:
-        return Sample(self.features[row], self.draw_caption(row), row)
+    def __getitem__(self, item: int) -> Sample:
+        row = int(self.owner[item])
+        return Sample(self.features[row], self.caption(item), row)
 
 
 def _no_transform(image: object) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,11 +11,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from twotower.data.pairs import ImageTextDataset, PairTable
+from twotower.evaluation.prompts import Prompts
 from twotower.evaluation.retrieval import FeatureInputs, PictureInputs
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.settings import ConfigError
 from twotower.train_config import TrainConfig
 from twotower.training.feature_cache import CachedImages, caption_features, image_features
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Pairs to measure on, and the prompts of their classes where they have any."""
+
+    pairs: PairTable
+    prompts: Prompts | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSet(Examined):
+    """The same with the image tower's inputs of the pairs."""
+
+    images: Dataset[Tensor | None] = field(kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +44,8 @@ class TrainingInputs:
 
     model: DualEncoder
     train: ImageTextDataset
-    val_pairs: PairTable
-    val_images: Dataset[Tensor | None]
+    val: EvaluationSet
+    probe: EvaluationSet | None
     tokenizer: Callable[[Sequence[str]], Tensor]
 
 
@@ -40,11 +56,12 @@ def _is_cached(tower: torch.nn.Module, config: TrainConfig) -> bool:
 def prepare_inputs(
     bundle: ModelBundle,
     train_pairs: PairTable,
-    val_pairs: PairTable,
+    val: Examined,
     config: TrainConfig,
     seed: int,
     device: torch.device,
     cache_folder: Path,
+    probe: Examined | None = None,
 ) -> TrainingInputs:
     """Cache what is locked and join the rest.
 
@@ -54,26 +71,40 @@ def prepare_inputs(
     model = bundle.model.to(device).to(memory_format=torch.channels_last)
     image_tower, text_tower = model.image_tower, model.text_tower
     train: ImageTextDataset
-    val_images: Dataset[Tensor | None]
     if _is_cached(image_tower, config):
         train_pairs, features = image_features(bundle, train_pairs, config, device, cache_folder)
-        train = CachedImages(train_pairs, features, seed=seed)
-        val_pairs, features = image_features(bundle, val_pairs, config, device, cache_folder)
-        val_images = FeatureInputs(features)
+        train = CachedImages(train_pairs, features, seed=seed, pairing=config.pairing)
         image_tower = image_tower.get_submodule("head")
+
+        def evaluation_set(of: Examined) -> EvaluationSet:
+            pairs, features = image_features(bundle, of.pairs, config, device, cache_folder)
+            return EvaluationSet(pairs, of.prompts, images=FeatureInputs(features))
+
     else:
-        train = ImageTextDataset(train_pairs, bundle.train_transform, seed=seed)
-        val_images = PictureInputs(val_pairs, bundle.eval_transform)
+        transform = bundle.train_transform
+        train = ImageTextDataset(train_pairs, transform, seed=seed, pairing=config.pairing)
+
+        def evaluation_set(of: Examined) -> EvaluationSet:
+            pictures = PictureInputs(of.pairs, bundle.eval_transform)
+            return EvaluationSet(of.pairs, of.prompts, images=pictures)
+
+    sets = [evaluation_set(part) for part in (val, probe) if part is not None]
     tokenizer: Callable[[Sequence[str]], Tensor] = bundle.tokenizer
     if _is_cached(text_tower, config):
-        captions = [*train_pairs.all_captions()[0], *val_pairs.all_captions()[0], ""]
-        tokenizer = caption_features(bundle, captions, config, device, cache_folder)
+        tables = [train_pairs, *(part.pairs for part in sets)]
+        texts = [caption for table in tables for caption in table.all_captions()[0]]
+        texts += [text for part in sets if part.prompts for text in part.prompts.texts()]
+        tokenizer = caption_features(bundle, [*texts, ""], config, device, cache_folder)
         text_tower = text_tower.get_submodule("head")
-    trained = DualEncoder(image_tower, text_tower, model.logit_scale)
-    if sum(p.requires_grad for p in trained.parameters()) < 2:
+    trained = DualEncoder(image_tower, text_tower, model.logit_scale, model.logit_bias)
+    if not any(p.requires_grad for name, p in trained.named_parameters() if "." in name):
         raise ConfigError(
             "both towers are locked and have no heads: there is nothing to train; unlock one"
         )
     return TrainingInputs(
-        model=trained, train=train, val_pairs=val_pairs, val_images=val_images, tokenizer=tokenizer
+        model=trained,
+        train=train,
+        val=sets[0],
+        probe=sets[1] if probe else None,
+        tokenizer=tokenizer,
     )

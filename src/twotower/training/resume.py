@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twotower.distributed import all_gather_objects, rank, world_size
+from twotower.training.optim import load_optimizer_tensors, optimizer_tensors
+
+OPTIMIZER = "optimizer."  # begins the names of the optimiser's tensors
 
 
 @dataclass(kw_only=True)
@@ -23,14 +26,35 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         validated: the step of the newest validation, -1 before the first.
-        best: the best validation mean recall so far, in percent.
+        best: the best value of the watched validation metric so far; None before the first.
+        stale: validations since it last improved by the smallest change that counts.
+        compared: the value that an improvement is measured against.
+        probe: the probe's metric before the first step; None without a probe.
+        ended: why the run ended before its last step; empty if it did not.
+        schedule: the state of the learning rate's schedule.
         seconds: time spent, over all attempts.
     """
 
     step: int = 0
     validated: int = -1
-    best: float = -1.0
+    best: float | None = None
+    stale: int = 0
+    compared: float | None = None
+    probe: float | None = None
+    ended: str = ""
+    schedule: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def observe(self, value: float, min_change: float) -> bool:
+        """Take note of the watched metric; whether it is the best so far."""
+        if self.compared is None or value > self.compared + min_change:
+            self.compared, self.stale = value, 0
+        else:
+            self.stale += 1
+        better = self.best is None or value > self.best
+        if better:
+            self.best = value
+        return better
 
 
 def collect(
@@ -40,10 +64,7 @@ def collect(
 
     Tensors are the optimiser's moments and each rank's random state.
     """
-    tensors = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    tensors = {f"{OPTIMIZER}{k}": v for k, v in optimizer_tensors(optimizer).items()}
     states = [torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
@@ -60,12 +81,8 @@ def restore(
     scaler: torch.amp.GradScaler,
 ) -> Progress:
     """Put back what `collect` gave. With another number of ranks, random states start anew."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            index, key = name.removeprefix("optimizer.").split(".", 1)
-            moments.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    own = {k: v for k, v in tensors.items() if k.startswith(OPTIMIZER)}
+    load_optimizer_tensors(optimizer, {k.removeprefix(OPTIMIZER): v for k, v in own.items()})
     if about["scaler"]:
         scaler.load_state_dict(about["scaler"])
     if about["ranks"] == world_size():

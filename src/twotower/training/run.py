@@ -11,8 +11,8 @@ import torch
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
-from twotower.config import Config
-from twotower.data.pairs import load_pairs
+from twotower.config import Config, ZeroShotConfig
+from twotower.data.pairs import PairTable, load_pairs
 from twotower.distributed import (
     is_main_process,
     launch,
@@ -21,13 +21,18 @@ from twotower.distributed import (
     resolve_device,
     world_size,
 )
+from twotower.evaluation.prompts import zeroshot_prompts
 from twotower.evaluation.report import describe, report_path, write_report
-from twotower.models.dual_encoder import MODELS
-from twotower.models.saved import load_weights
+from twotower.models.dual_encoder import MODELS, ModelBundle
+from twotower.models.saved import load_weights, save_bundle
+from twotower.provenance import PROVENANCE, record_attempt
 from twotower.runs import NOTE, RunPaths
 from twotower.settings import ConfigError, to_plain
-from twotower.training.inputs import prepare_inputs
+from twotower.training.inputs import Examined, prepare_inputs
+from twotower.training.kept import older_checkpoints
+from twotower.training.loss import LOSSES
 from twotower.training.trainer import Trainer, recalls
+from twotower.training.wise_ft import choose, interpolate, put, sweep, write_sweep
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +42,19 @@ def asked_for(config: Config) -> dict[str, dict[str, object]]:
     train = to_plain(config.train)
     for key in config.train.not_in_run_name:
         train.pop(key)
-    return {
+    asked: dict[str, dict[str, object]] = {
         "": {"seed": config.seed},
         "model.": {"variant": config.model.registered_name, **to_plain(config.model)},
         "data.": {"source": config.data.registered_name, **to_plain(config.data)},
+        "loss.": {"loss": config.loss.registered_name, **to_plain(config.loss)},
         "train.": train,
         "evaluate.": {"split": config.evaluate.split, "max_images": config.evaluate.max_images},
     }
+    if config.train.stop_on_forgetting and config.probe.data is not None:
+        source = {"source": config.probe.data.registered_name, **to_plain(config.probe.data)}
+        asked["probe."] = {"data": source, "split": config.probe.split}
+        asked["probe."] |= {"metric": config.probe.metric, "max_images": config.probe.max_images}
+    return asked
 
 
 def check_same_run(config: Config) -> None:
@@ -108,12 +119,53 @@ def clear(config: Config) -> None:
         paths.logs.mkdir(parents=True, exist_ok=True)
         curves = [*paths.logs.glob("events.out.tfevents.*"), paths.logs / "metrics.jsonl"]
         reports = [*paths.logs.glob("evaluate/*.json")]
-        for old in (*curves, *reports, paths.last, paths.best):
+        for old in (
+            *curves,
+            *reports,
+            *older_checkpoints(paths.models),
+            paths.last,
+            paths.best,
+            paths.first,
+        ):
             old.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
     with replacing(paths.models / NOTE) as partial:
         partial.write_text(json.dumps(asked_for(config), indent=2) + "\n")
+
+
+def start_bundle(config: Config) -> ModelBundle:
+    """The model as the run finds it: as `model=` says, with the weights of `train.start_from`.
+
+    Raises:
+        ConfigError: it cannot be built, or the checkpoint is of another variant.
+    """
+    bundle = MODELS.build(config.model)
+    if config.train.start_from:
+        load_weights(Path(config.train.start_from), bundle)
+    return bundle
+
+
+def examined(source: PairTable, split: str, max_images: int, zeroshot: ZeroShotConfig) -> Examined:
+    """The pairs of a split that are measured on, and their classes' prompts."""
+    pairs = source.split(split).with_captions().head(max_images)
+    return Examined(pairs, zeroshot_prompts(zeroshot, source, pairs))
+
+
+def probe_of(config: Config) -> Examined | None:
+    """What the probe measures on, or None without a probe.
+
+    Raises:
+        ConfigError: the run is to end on forgetting and there is no probe, or its data is missing.
+    """
+    probe = config.probe
+    if probe.data is None:
+        if config.train.stop_on_forgetting:
+            raise ConfigError(
+                "train.stop_on_forgetting needs a probe; choose its data with data@probe.data=..."
+            )
+        return None
+    return examined(load_pairs(probe.data), probe.split, probe.max_images, config.zeroshot)
 
 
 def build_trainer(config: Config) -> Trainer:
@@ -125,26 +177,46 @@ def build_trainer(config: Config) -> Trainer:
     device = resolve_device(config.distributed)
     pairs = load_pairs(config.data).with_captions()
     torch.manual_seed(config.seed)
-    bundle = MODELS.build(config.model)
+    bundle = start_bundle(config)
+    loss = LOSSES.build(config.loss)
+    if loss.initial is not None:
+        bundle.model.start_temperature(*loss.initial)
     # From here on each rank draws its own dropout; the data's order is drawn by seed and epoch.
     torch.manual_seed(config.seed * 1009 + rank())
     cache = Path(config.run.models_dir) / "features"
-    val_pairs = pairs.split(config.evaluate.split).head(config.evaluate.max_images)
+    how = config.evaluate
+    val = examined(pairs, how.split, how.max_images, config.zeroshot)
     inputs = prepare_inputs(
-        bundle, pairs.split("train"), val_pairs, config.train, config.seed, device, cache
+        bundle,
+        pairs.split("train"),
+        val,
+        config.train,
+        config.seed,
+        device,
+        cache,
+        probe_of(config),
     )
     trainable = sum(p.numel() for p in inputs.model.parameters() if p.requires_grad)
     log.info(
         "%s: %d training and %d validation images, %s trainable parameters, on %d x %s",
         pairs.name,
         len(inputs.train),
-        len(inputs.val_pairs),
+        len(inputs.val.pairs),
         f"{trainable:,}",
         world_size(),
         device.type,
     )
-    paths = RunPaths.of(config)
-    return Trainer(bundle, inputs, config.train, config.evaluate, config.seed, paths, device)
+    return Trainer(
+        bundle,
+        inputs,
+        loss,
+        config.train,
+        config.evaluate,
+        config.probe,
+        config.seed,
+        RunPaths.of(config),
+        device,
+    )
 
 
 def train_on_rank(config: Config) -> str:
@@ -160,13 +232,17 @@ def train_on_rank(config: Config) -> str:
         on_main(clear, config)
     elif decision == "resume":
         trainer.resume()
+    if decision != "reuse":
+        on_main(record_attempt, paths.models / PROVENANCE, config, decision)
     trainer.state.seconds += time.monotonic() - start
     if decision != "reuse":
         trainer.run()
+        if config.train.wise_ft:
+            write_wise_ft(trainer)
     # The report is of the best weights, which need not be the last. A finished run lacks it when
     # it was killed here.
     load_weights(paths.best, trainer.bundle)
-    measured = trainer.measure(config.evaluate.bootstrap)
+    measured = trainer.validator.retrieval(trainer.inputs.val, config.evaluate.bootstrap).report
     if is_main_process():
         seconds = float(read_header(paths.last)["seconds"])
         about = describe(trainer.bundle, paths.best, config, seconds)
@@ -174,8 +250,32 @@ def train_on_rank(config: Config) -> str:
     return decision
 
 
-def train(config: Config) -> None:
-    """Train the run of a config, or say that it is finished.
+def write_wise_ft(trainer: Trainer) -> None:
+    """Measure between the first and the last weights; keep the chosen ones; every rank calls it."""
+    paths, bundle = trainer.paths, trainer.bundle
+    names = [trainer.config.watch]
+    if trainer.inputs.probe is not None:
+        names.append(f"probe/{trainer.probe.metric}")
+    with trainer.averaged():
+        last = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+        load_weights(paths.first, bundle)
+        first = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+        points = sweep(bundle.model, first, last, lambda: trainer.validator.metrics()[0])
+        chosen = choose(points, names)
+        if is_main_process():
+            write_sweep(paths.logs, points, names, chosen)
+            put(bundle.model, interpolate(first, last, chosen))
+            save_bundle(paths.wise_ft, bundle, run=paths.models.name, alpha=chosen)
+            put(bundle.model, last)
+            log.info(
+                "WiSE-FT: alpha %g is in %s; all of them: %s", chosen, paths.wise_ft, paths.logs
+            )
+
+
+def train(config: Config) -> float | None:
+    """Train the run of a config, or say that it is finished; its best watched metric.
+
+    None on every rank but the first.
 
     Raises:
         ConfigError: the data, the model or the run's folder is not as asked for.
@@ -183,7 +283,7 @@ def train(config: Config) -> None:
     paths = RunPaths.of(config)
     decision = launch(train_on_rank, config.distributed, config)
     if not is_main_process():
-        return
+        return None
     best, last = read_header(paths.best), read_header(paths.last)
     log.info(
         "%s %s: %d steps in %.0f s; best at step %d: text->image R@1/5/10 %s, image->text %s\n"
@@ -198,3 +298,5 @@ def train(config: Config) -> None:
         paths.best,
         config.run.logs_dir,
     )
+    watched: float | None = best["metrics"].get(config.train.watch.removeprefix("val/"))
+    return watched

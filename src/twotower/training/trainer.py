@@ -5,26 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from twotower.config import EvaluateConfig
+from twotower.config import EvaluateConfig, ProbeConfig
 from twotower.console import ProgressLine, progress
 from twotower.data.pairs import Batch, Collate
 from twotower.data.workers import plain_signals
-from twotower.distributed import (
-    Stopped,
-    all_gather_with_grad,
-    barrier,
-    is_main_process,
-    rank,
-    world_size,
-)
-from twotower.evaluation.retrieval import RetrievalReport, autocast, measure_retrieval
+from twotower.distributed import Stopped, barrier, is_main_process, rank, world_size
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.locking import apply_batch_norm_policy
 from twotower.models.saved import load_weights, save_bundle
@@ -33,14 +26,20 @@ from twotower.settings import ConfigError
 from twotower.tracking import MetricWriter
 from twotower.train_config import Precision, TrainConfig
 from twotower.training import resume
+from twotower.training.average import WeightAverage
+from twotower.training.gradient import Gradient, Inputs
 from twotower.training.inputs import TrainingInputs
-from twotower.training.loss import clip_loss
-from twotower.training.optim import build_optimizer, learning_rate
+from twotower.training.kept import save_last
+from twotower.training.loss import Loss
+from twotower.training.optim import build_optimizer, set_learning_rate
 from twotower.training.sampler import GlobalBatchSampler, check_batch_size
+from twotower.training.schedule import Plateau, learning_rate
+from twotower.training.towers import compile_towers, enable_grad_checkpointing
+from twotower.training.validation import Validator, metric, probe_metric, reason_to_end
 
 log = logging.getLogger(__name__)
 
-WATCHED = "mean_recall"
+AVERAGE = "average."  # begins the names of the averaged weights among the tensors of a resume
 AGREE_EVERY = 4  # steps between two questions among the ranks whether to save or stop
 
 
@@ -50,8 +49,9 @@ class Trainer:
     Args:
         bundle: what is trained and saved.
         inputs: the model in the form that is stepped, and its data.
+        loss: what is minimised.
         config: the optimisation.
-        evaluate: how validation measures.
+        evaluate, probe: how validation measures.
         seed: decides the order of the data and the captions drawn.
         paths: where checkpoints and metrics go.
         device: where the steps run.
@@ -64,31 +64,61 @@ class Trainer:
         self,
         bundle: ModelBundle,
         inputs: TrainingInputs,
+        loss: Loss,
         config: TrainConfig,
         evaluate: EvaluateConfig,
+        probe: ProbeConfig,
         seed: int,
         paths: RunPaths,
         device: torch.device,
     ) -> None:
-        check_batch_size(config.batch_size, len(inputs.train), world_size())
-        self.bundle, self.inputs, self.config, self.evaluate = bundle, inputs, config, evaluate
-        self.paths, self.device = paths, device
+        world, micro = world_size(), config.micro_batch_size
+        check_batch_size(config.batch_size, len(inputs.train), world, micro)
+        self.bundle, self.inputs, self.config = bundle, inputs, config
+        self.probe, self.paths, self.device = probe, paths, device
         self.sampler = GlobalBatchSampler(
-            len(inputs.train), config.batch_size, seed, rank(), world_size()
+            inputs.train.owner, config.batch_size, seed, rank(), world, config.pairing
         )
-        apply_batch_norm_policy(inputs.model, bundle.config.batch_norm, world_size())
+        in_parts = 0 < micro < config.batch_size // world
+        apply_batch_norm_policy(inputs.model, bundle.config.batch_norm, world, in_parts)
+        if config.grad_checkpointing:
+            enable_grad_checkpointing(inputs.model)
+        if config.compile:
+            compile_towers(inputs.model, device)
         self.optimizer = build_optimizer(inputs.model, config)
+        self.plateau = Plateau.of(config)
+        self.average = WeightAverage.of(inputs.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
         self.parallel: nn.Module = inputs.model
-        if world_size() > 1:
+        if world > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(inputs.model, device_ids=ids)
+        self.gradient = Gradient(
+            model=inputs.model,
+            parallel=self.parallel,
+            loss=loss,
+            device=device,
+            precision=config.precision,
+            micro_batch_size=micro,
+            scale=self.scaler.scale,
+        )
+        self.validator = Validator(
+            inputs=inputs,
+            evaluate=evaluate,
+            device=device,
+            precision=config.precision,
+        )
         self.total_steps = config.epochs * len(self.sampler)
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.state = resume.Progress()
         self._unreadable: set[str] = set()
         self._clock = self._saved = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left to do."""
+        return bool(self.state.ended) or self.state.step >= self.total_steps
 
     def run(self) -> resume.Progress:
         """Train to the last step, validating and saving on the way.
@@ -97,6 +127,8 @@ class Trainer:
             Stopped: after Ctrl-C or SIGTERM, when the state is saved.
             ConfigError: the loss is no longer finite.
         """
+        if self.config.wise_ft and self.state.step == 0 and is_main_process():
+            save_bundle(self.paths.first, self.bundle, **self.about())
         what = f"training {self.bundle.config.registered_name}"
         total = self.total_steps * self.config.batch_size
         with (
@@ -110,7 +142,7 @@ class Trainer:
                 self.save_if_asked(stop)
                 if self.validation_is_due():
                     self.validate(writer)
-                if self.state.step >= self.total_steps:
+                if self.finished:
                     self.save()
                     return self.state
                 self.train_epoch(writer, bar, stop)
@@ -155,22 +187,6 @@ class Trainer:
             generator=torch.Generator().manual_seed(epoch),
         )
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The contrastive loss of this rank's rows against all ranks' columns."""
-        images = batch.images.to(self.device, non_blocking=True)
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        with autocast(self.device, self.config.precision):
-            output = self.parallel(images, tokens)
-        image_features, text_features = output.image_features.float(), output.text_features.float()
-        return clip_loss(
-            image_features,
-            text_features,
-            all_gather_with_grad(image_features),
-            all_gather_with_grad(text_features),
-            output.logit_scale.float(),
-            first_row=rank() * len(images),
-        )
-
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Forward, loss, backward, clip, step.
 
@@ -178,21 +194,26 @@ class Trainer:
             ConfigError: the loss is not finite; the weights are those before the step.
         """
         rate = learning_rate(self.state.step, self.total_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate *= self.plateau.scale if self.plateau else 1.0
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(batch)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        inputs = Inputs(
+            images=batch.images.to(self.device, non_blocking=True),
+            tokens=batch.tokens.to(self.device, non_blocking=True),
+            keys=batch.keys.to(self.device, non_blocking=True),
+        )
+        loss, output = self.gradient.backward(inputs)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.inputs.model.parameters(), limit)
-        scale = self.inputs.model.logit_scale.detach().exp()
         # One wait for the device a step, before the weights change.
-        value, size, factor = torch.stack([loss.detach(), norm, scale]).tolist()
+        value, size, factor = torch.stack([loss, norm, output.logit_scale]).tolist()
         self.check_finite(value, size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.inputs.model.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update()
         self.state.step += 1
         return {
             "train/loss": value,
@@ -224,38 +245,51 @@ class Trainer:
         every = self.config.eval_every * len(self.sampler)
         return step in (0, self.total_steps) or bool(every and step % every == 0)
 
-    def measure(self, bootstrap: int = 0) -> RetrievalReport:
-        """Retrieval of the current weights on the validation split."""
-        return measure_retrieval(
-            self.inputs.model,
-            self.inputs.val_pairs,
-            self.inputs.val_images,
-            self.inputs.tokenizer,
-            self.evaluate,
-            self.device,
-            self.config.precision,
-            bootstrap,
-        )
-
     def validate(self, writer: MetricWriter) -> None:
-        """Measure on the validation split; keep the best checkpoint."""
-        report = self.measure()
-        writer.write(self.state.step, {f"val/{k}": v for k, v in report.metrics.items()})
-        better = report.metrics[WATCHED] > self.state.best
-        self.state.validated = self.state.step
-        if better:
-            self.state.best = report.metrics[WATCHED]
-            if is_main_process():
-                save_bundle(self.paths.best, self.bundle, **self.about(), metrics=report.metrics)
+        """Measure, keep the best checkpoint, and see whether the run should end here.
+
+        Raises:
+            ConfigError: a metric that is to be watched is not measured.
+        """
+        state = self.state
+        with self.averaged():
+            metrics, measured = self.validator.metrics()
+            watched = metric(metrics, self.config.watch, "train.watch")
+            better = state.observe(watched, self.config.min_change)
+            if better and is_main_process():
+                report = {k.removeprefix("val/"): v for k, v in metrics.items() if "val/" in k}
+                save_bundle(self.paths.best, self.bundle, **self.about(), metrics=report)
+        state.validated = state.step
+        writer.write(state.step, metrics)
         log.info(
             "step %d of %d: text->image R@1/5/10 %s, image->text %s%s",
-            self.state.step,
+            state.step,
             self.total_steps,
-            recalls(report.metrics, "text_to_image"),
-            recalls(report.metrics, "image_to_text"),
+            recalls(metrics, "val/text_to_image"),
+            recalls(metrics, "val/image_to_text"),
             "  (best so far)" if better else "",
         )
+        self.conclude(metrics, watched)
         barrier()
+
+    def conclude(self, metrics: dict[str, float], watched: float) -> None:
+        """Let a validation change the learning rate, or end the run."""
+        state = self.state
+        if self.plateau is not None and self.plateau.observe(watched):
+            log.info("the learning rate is lowered to %.3g of its schedule", self.plateau.scale)
+        probe = probe_metric(metrics, self.probe)
+        if probe is not None:
+            state.probe = probe if state.probe is None else state.probe
+            change = probe - state.probe
+            log.info("probe: %s %.1f, %+.1f since the start", self.probe.metric, probe, change)
+        reason = reason_to_end(state, metrics, self.config, self.probe)
+        if reason and not self.finished:
+            state.ended = reason
+            log.warning("ending at step %d of %d: %s", state.step, self.total_steps, reason)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has the averaged weights, where there are any."""
+        return nullcontext() if self.average is None else self.average.swapped()
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint's header says of the run."""
@@ -270,11 +304,13 @@ class Trainer:
         }
 
     def save_if_asked(self, stop: resume.StopRequest) -> None:
-        """Save every `save_minutes`; save and stop after Ctrl-C or SIGTERM; on all ranks."""
-        if world_size() > 1 and self.state.step % AGREE_EVERY:
-            return
-        late = time.monotonic() - self._saved > 60 * self.config.save_minutes
-        signal_number, save = stop.agreed(late)
+        """Save when it is time; save and stop after Ctrl-C or SIGTERM; on all ranks."""
+        every = self.config.save_steps
+        by_steps = bool(every and self.state.step and self.state.step % every == 0)
+        signal_number, save = 0, by_steps
+        if world_size() == 1 or self.state.step % AGREE_EVERY == 0:
+            late = time.monotonic() - self._saved > 60 * self.config.save_minutes
+            signal_number, save = stop.agreed(late or by_steps)
         if signal_number or save:
             self.save()
         if signal_number:
@@ -285,11 +321,14 @@ class Trainer:
     def save(self) -> None:
         """Write the newest checkpoint with all that a resumed run needs; every rank calls it."""
         about = self.about()
+        self.state.schedule = self.plateau.state_dict() if self.plateau else {}
         tensors, training = resume.collect(self.state, self.optimizer, self.scaler)
+        if self.average is not None:
+            tensors |= {f"{AVERAGE}{k}": v for k, v in self.average.state_dict().items()}
         if is_main_process():
-            finished = self.state.step >= self.total_steps == self.state.validated
+            finished = self.finished and self.state.step == self.state.validated
             about |= {"finished": finished, "training": training}
-            save_bundle(self.paths.last, self.bundle, training_tensors=tensors, **about)
+            save_last(self.paths, self.bundle, tensors, about, self.config.keep_last)
         self._saved = time.monotonic()
         barrier()
 
@@ -297,6 +336,11 @@ class Trainer:
         """Go on from the newest checkpoint, bit for bit as if the run had not stopped."""
         header, tensors = load_weights(self.paths.last, self.bundle)
         self.state = resume.restore(tensors, header["training"], self.optimizer, self.scaler)
+        if self.plateau is not None and self.state.schedule:
+            self.plateau.load_state_dict(self.state.schedule)
+        if self.average is not None:
+            own = {k: v for k, v in tensors.items() if k.startswith(AVERAGE)}
+            self.average.load_state_dict({k.removeprefix(AVERAGE): v for k, v in own.items()})
         log.info("going on from step %d of %d", self.state.step, self.total_steps)
 
 
