@@ -34,7 +34,8 @@ def pairs(tmp_path_factory):
 
 
 def make_trainer(pairs, folder, *, locked=False, dropout=0.0, **settings):
-    config = TrainConfig(**{"batch_size": 8, "epochs": 4, "lr": 1e-2, "log_every": 1} | settings)
+    fast = {"batch_size": 8, "epochs": 4, "lr": 1e-2, "log_every": 1, "figures": False}
+    config = TrainConfig(**fast | settings)
     paths = RunPaths(folder / "models" / "run", folder / "logs" / "run")
     for path in (paths.models, paths.logs):
         path.mkdir(parents=True, exist_ok=True)

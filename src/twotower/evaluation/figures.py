@@ -25,6 +25,7 @@ from twotower.drawing import (
     text_width,
     write_text,
 )
+from twotower.evaluation.features import PairFeatures
 from twotower.evaluation.matches import (
     Found,
     Match,
@@ -33,7 +34,6 @@ from twotower.evaluation.matches import (
     distinct_pairs,
     find_matches,
 )
-from twotower.evaluation.retrieval import PairFeatures
 from twotower.tracking import MetricWriter
 
 PAIRS = 8  # of the matrix: 8 x 8

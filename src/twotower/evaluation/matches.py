@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower import metrics
 from twotower.data.pairs import PairTable
-from twotower.evaluation.retrieval import PairFeatures
+from twotower.evaluation.features import PairFeatures
 
 
 @dataclass(frozen=True)

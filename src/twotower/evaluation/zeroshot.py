@@ -17,14 +17,15 @@ from twotower import metrics
 from twotower.config import EvaluateConfig
 from twotower.data.pairs import PairTable
 from twotower.distributed import rank, shard_range, world_size
-from twotower.evaluation.prompts import Prompts
-from twotower.evaluation.retrieval import (
+from twotower.evaluation.features import (
     PairFeatures,
     encode_images,
     encode_texts,
     evaluating,
     gathered,
+    progress_line,
 )
+from twotower.evaluation.prompts import Prompts
 from twotower.models.dual_encoder import DualEncoder
 from twotower.settings import ConfigError
 from twotower.train_config import Precision
@@ -95,11 +96,13 @@ def encode_classes(
     # A few classes at a time, so that the prompts of all never stand in memory together.
     own = shard_range(len(prompts.words), rank(), world_size())
     step = max(1, config.batch_size // count)
+    line = progress_line("encoding", len(own) * count, "prompts")
     for start in range(own.start, own.stop, step):
         classes = range(start, min(start + step, own.stop))
         texts = [text for number in classes for text in prompts.of_class(number)]
         encoded = encode_texts(model, tokenizer, texts, config, device, precision)
         vectors.append(class_vectors(encoded.view(len(classes), count, -1)))
+        line.advance(len(texts))
     return gathered(torch.cat(vectors))
 
 

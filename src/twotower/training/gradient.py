@@ -67,7 +67,7 @@ class Gradient:
         """
         if 0 < self.micro_batch_size < len(batch):
             return self._in_micro_batches(batch)
-        output = self._forward(self.parallel, batch, slice(None))
+        output = self.forward(self.parallel, batch, slice(None))
         loss = self.value(output, batch.keys)
         self.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), _detached(output)
@@ -86,7 +86,8 @@ class Gradient:
             first_row=rank() * len(keys),
         )
 
-    def _forward(self, model: nn.Module, batch: Inputs, rows: slice) -> DualEncoderOutput:
+    def forward(self, model: nn.Module, batch: Inputs, rows: slice) -> DualEncoderOutput:
+        """Some rows of a batch through `model`, in the precision asked for; outputs in full."""
         with autocast(self.device, self.precision):
             output: DualEncoderOutput = model(batch.images[rows], batch.tokens[rows])
         return _full_precision(output)
@@ -109,7 +110,7 @@ class Gradient:
                 last = _is_last(number, parts)
                 _set_random_state(state, self.device)
                 with contextlib.nullcontext() if last else _unsynchronised(self.parallel):
-                    output = self._forward(self.parallel, batch, rows)
+                    output = self.forward(self.parallel, batch, rows)
                     towards = (output.image_features * image_grad[rows]).sum()
                     towards = towards + (output.text_features * text_grad[rows]).sum()
                     if last:  # the scalars are in every micro-batch's graph, and count once
@@ -128,7 +129,7 @@ class Gradient:
             for rows in parts:
                 states.append(_random_state(self.device))
                 with count_one():
-                    outputs.append(self._forward(self.model, batch, rows))
+                    outputs.append(self.forward(self.model, batch, rows))
         return outputs, states
 
 

@@ -58,10 +58,12 @@ class Loss:
 
     Attributes:
         initial: (logit_scale as a logarithm, logit_bias); None keeps the model's own, without bias.
+        softmax: whether guessing costs ln N.
     """
 
     terms: RowLoss
     initial: tuple[float, float] | None = None
+    softmax: bool = True
 
 
 LOSSES: Registry[Loss] = Registry("loss")
@@ -147,7 +149,7 @@ def build_siglip_loss(config: LossConfig) -> Loss:
             losses = losses.masked_fill(same_pairs(rows, columns) & ~matches, 0.0)
         yield losses.sum()
 
-    return Loss(terms=terms, initial=(math.log(10), -10.0))
+    return Loss(terms=terms, initial=(math.log(10), -10.0), softmax=False)
 
 
 @LOSSES.register("soft_target", SoftTargetLossConfig)

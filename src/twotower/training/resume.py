@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twotower.distributed import all_gather_objects, rank, world_size
-from twotower.training.optim import load_optimizer_tensors, optimizer_tensors
-
-OPTIMIZER = "optimizer."  # begins the names of the optimiser's tensors
+from twotower.training.stepper import Stepper
 
 
 @dataclass(kw_only=True)
@@ -57,38 +55,42 @@ class Progress:
         return better
 
 
-def collect(
-    progress: Progress, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint must hold besides the weights: tensors, and JSON; every rank calls it.
-
-    Tensors are the optimiser's moments and each rank's random state.
-    """
-    tensors = {f"{OPTIMIZER}{k}": v for k, v in optimizer_tensors(optimizer).items()}
+def random_states() -> dict[str, Tensor]:
+    """The random states of all ranks by name; every rank calls it."""
     states = [torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
-    for number, of_rank in enumerate(all_gather_objects(states)):
-        for device, state in zip(("cpu", "cuda"), of_rank, strict=False):
-            tensors[f"rng.{number}.{device}"] = state
-    return tensors, {**asdict(progress), "scaler": scaler.state_dict(), "ranks": world_size()}
+    return {
+        f"rng.{number}.{device}": state
+        for number, of_rank in enumerate(all_gather_objects(states))
+        for device, state in zip(("cpu", "cuda"), of_rank, strict=False)
+    }
 
 
-def restore(
-    tensors: Mapping[str, Tensor],
-    about: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> Progress:
+def set_random_states(tensors: Mapping[str, Tensor]) -> None:
+    """Put this rank's random states back, as `random_states` gave them."""
+    torch.set_rng_state(tensors[f"rng.{rank()}.cpu"])
+    if torch.cuda.is_available() and f"rng.{rank()}.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"rng.{rank()}.cuda"])
+
+
+def collect(progress: Progress, stepper: Stepper) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint must hold besides the weights: tensors, and JSON; every rank calls it.
+
+    Tensors are the optimiser's moments, the averaged weights and each rank's random state.
+    """
+    scaler = stepper.scaler.state_dict()
+    about = {**asdict(progress), "scaler": scaler, "ranks": world_size()}
+    return {**stepper.tensors(), **random_states()}, about
+
+
+def restore(tensors: Mapping[str, Tensor], about: Mapping[str, Any], stepper: Stepper) -> Progress:
     """Put back what `collect` gave. With another number of ranks, random states start anew."""
-    own = {k: v for k, v in tensors.items() if k.startswith(OPTIMIZER)}
-    load_optimizer_tensors(optimizer, {k.removeprefix(OPTIMIZER): v for k, v in own.items()})
+    stepper.load_tensors(tensors)
     if about["scaler"]:
-        scaler.load_state_dict(about["scaler"])
+        stepper.scaler.load_state_dict(about["scaler"])
     if about["ranks"] == world_size():
-        torch.set_rng_state(tensors[f"rng.{rank()}.cpu"])
-        if torch.cuda.is_available() and f"rng.{rank()}.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.{rank()}.cuda"])
+        set_random_states(tensors)
     return Progress(**{name: about[name] for name in asdict(Progress())})
 
 

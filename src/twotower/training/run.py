@@ -256,7 +256,7 @@ def write_wise_ft(trainer: Trainer) -> None:
     names = [trainer.config.watch]
     if trainer.inputs.probe is not None:
         names.append(f"probe/{trainer.probe.metric}")
-    with trainer.averaged():
+    with trainer.stepper.averaged():
         last = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
         load_weights(paths.first, bundle)
         first = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 def enable_grad_checkpointing(model: DualEncoder) -> None:
     """Let the trained encoders keep a block's input only and compute the rest again (Chen 2016).
 
-    Gradients stay the same, and running statistics change once a step.
+    Gradients stay the same, and running statistics change once a step. Call it after
+    `apply_batch_norm_policy`, which may replace the norms.
 
     Raises:
         ConfigError: an encoder cannot do that.
@@ -53,7 +54,9 @@ def enable_grad_checkpointing(model: DualEncoder) -> None:
 
 
 def compile_towers(model: DualEncoder, device: torch.device) -> None:
-    """Compile the encoders in place, so that the names of the weights stay; slow first steps.
+    """Compile the encoders in place, so that the names of the weights stay.
+
+    The first steps take a minute or more. Call it last, before DDP.
 
     Raises:
         ConfigError: what torch.compile needs on this device is not installed.

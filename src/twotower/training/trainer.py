@@ -5,41 +5,33 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from twotower.config import EvaluateConfig, ProbeConfig
 from twotower.console import ProgressLine, progress
-from twotower.data.pairs import Batch, Collate
-from twotower.data.workers import plain_signals
-from twotower.distributed import Stopped, barrier, is_main_process, rank, world_size
+from twotower.distributed import Stopped, barrier, is_main_process, world_size
+from twotower.evaluation.figures import draw_figures
 from twotower.models.dual_encoder import ModelBundle
-from twotower.models.locking import apply_batch_norm_policy
 from twotower.models.saved import load_weights, save_bundle
 from twotower.runs import RunPaths
 from twotower.settings import ConfigError
 from twotower.tracking import MetricWriter
-from twotower.train_config import Precision, TrainConfig
+from twotower.train_config import TrainConfig
 from twotower.training import resume
-from twotower.training.average import WeightAverage
-from twotower.training.gradient import Gradient, Inputs
+from twotower.training.feed import Feed
+from twotower.training.gradient import Inputs
+from twotower.training.health import CollapseAlarm
 from twotower.training.inputs import TrainingInputs
 from twotower.training.kept import save_last
 from twotower.training.loss import Loss
-from twotower.training.optim import build_optimizer, set_learning_rate
-from twotower.training.sampler import GlobalBatchSampler, check_batch_size
 from twotower.training.schedule import Plateau, learning_rate
-from twotower.training.towers import compile_towers, enable_grad_checkpointing
+from twotower.training.stepper import Stepper
 from twotower.training.validation import Validator, metric, probe_metric, reason_to_end
 
 log = logging.getLogger(__name__)
 
-AVERAGE = "average."  # begins the names of the averaged weights among the tensors of a resume
 AGREE_EVERY = 4  # steps between two questions among the ranks whether to save or stop
 
 
@@ -72,47 +64,23 @@ class Trainer:
         paths: RunPaths,
         device: torch.device,
     ) -> None:
-        world, micro = world_size(), config.micro_batch_size
-        check_batch_size(config.batch_size, len(inputs.train), world, micro)
         self.bundle, self.inputs, self.config = bundle, inputs, config
-        self.probe, self.paths, self.device = probe, paths, device
-        self.sampler = GlobalBatchSampler(
-            inputs.train.owner, config.batch_size, seed, rank(), world, config.pairing
-        )
-        in_parts = 0 < micro < config.batch_size // world
-        apply_batch_norm_policy(inputs.model, bundle.config.batch_norm, world, in_parts)
-        if config.grad_checkpointing:
-            enable_grad_checkpointing(inputs.model)
-        if config.compile:
-            compile_towers(inputs.model, device)
-        self.optimizer = build_optimizer(inputs.model, config)
+        self.probe, self.paths = probe, paths
+        self.feed = Feed(inputs, config, seed, device)
+        self.stepper = Stepper(inputs.model, bundle.config.batch_norm, loss, config, device)
         self.plateau = Plateau.of(config)
-        self.average = WeightAverage.of(inputs.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
-        self.parallel: nn.Module = inputs.model
-        if world > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(inputs.model, device_ids=ids)
-        self.gradient = Gradient(
-            model=inputs.model,
-            parallel=self.parallel,
-            loss=loss,
-            device=device,
-            precision=config.precision,
-            micro_batch_size=micro,
-            scale=self.scaler.scale,
-        )
         self.validator = Validator(
             inputs=inputs,
             evaluate=evaluate,
             device=device,
             precision=config.precision,
         )
-        self.total_steps = config.epochs * len(self.sampler)
+        self.total_steps = config.epochs * self.feed.steps_an_epoch
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.state = resume.Progress()
-        self._unreadable: set[str] = set()
+        self.alarm = CollapseAlarm(config, self.total_steps)
+        self._chance = math.log(config.batch_size) if loss.softmax else None
         self._clock = self._saved = time.monotonic()
 
     @property
@@ -151,98 +119,55 @@ class Trainer:
         self, writer: MetricWriter, bar: ProgressLine, stop: resume.StopRequest
     ) -> None:
         """The steps from where the run stands to the end of the epoch or of the run."""
-        self.parallel.train()
-        epoch = self.state.step // len(self.sampler)
-        for batch in self.loader():
-            values = self.train_step(batch)
-            self.report_unreadable(batch)
+        self.stepper.train()
+        epoch = self.state.step // self.feed.steps_an_epoch
+        for inputs in self.feed.rest_of_epoch(self.state.step):
+            values = self.train_step(inputs)
             note = f"epoch {epoch + 1}/{self.config.epochs} loss {values['train/loss']:.3f}"
-            bar.advance(self.config.batch_size, note)
+            bar.advance(self.config.batch_size, f"{note}  {self.feed.clock.note()}")
             if self.state.step % self.config.log_every == 0 or self.state.step == 1:
-                writer.write(self.state.step, {**values, "train/samples_per_second": bar.rate})
+                values |= {"train/samples_per_second": bar.rate, **self.feed.clock.values()}
+                writer.write(self.state.step, values)
             self.save_if_asked(stop)
             if self.state.step >= self.total_steps:
                 return
 
-    def report_unreadable(self, batch: Batch) -> None:
-        """Say once of each unreadable picture that another one took its place."""
-        for path, reason in batch.unreadable:
-            if path not in self._unreadable:
-                self._unreadable.add(path)
-                log.warning("%s cannot be read (%s); another picture takes its place", path, reason)
-
-    def loader(self) -> DataLoader[Any]:
-        """The batches of this rank that are left of the current epoch."""
-        epoch, done = divmod(self.state.step, len(self.sampler))
-        self.sampler.set_position(epoch, done)
-        self.inputs.train.set_epoch(epoch)
-        return DataLoader(
-            self.inputs.train,
-            batch_sampler=self.sampler,
-            collate_fn=Collate(self.inputs.tokenizer),
-            num_workers=self.config.num_workers,
-            worker_init_fn=plain_signals,
-            pin_memory=self.device.type == "cuda",
-            # Its own generator: starting a loader must not move the random state of the model.
-            generator=torch.Generator().manual_seed(epoch),
-        )
-
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """Forward, loss, backward, clip, step.
+    def train_step(self, inputs: Inputs) -> dict[str, float]:
+        """One step, and its values by name.
 
         Raises:
             ConfigError: the loss is not finite; the weights are those before the step.
         """
         rate = learning_rate(self.state.step, self.total_steps, self.config)
         rate *= self.plateau.scale if self.plateau else 1.0
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        inputs = Inputs(
-            images=batch.images.to(self.device, non_blocking=True),
-            tokens=batch.tokens.to(self.device, non_blocking=True),
-            keys=batch.keys.to(self.device, non_blocking=True),
-        )
-        loss, output = self.gradient.backward(inputs)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.grad_clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.inputs.model.parameters(), limit)
-        # One wait for the device a step, before the weights change.
-        value, size, factor = torch.stack([loss, norm, output.logit_scale]).tolist()
-        self.check_finite(value, size)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.inputs.model.clamp_logit_scale()
-        if self.average is not None:
-            self.average.update()
+        try:
+            done = self.stepper.step(inputs, rate)
+        except ConfigError as error:
+            saved = [path for path in (self.paths.best, self.paths.last) if path.is_file()]
+            good = f"; the last good checkpoint is {saved[-1]}" if saved else ""
+            raise ConfigError(
+                f"step {self.state.step + 1}: {error}; lower train.lr, or use "
+                f"train.precision=fp32{good}"
+            ) from error
         self.state.step += 1
-        return {
-            "train/loss": value,
+        self.alarm.step(self.state.step, done.loss, self._chance, done.logit_scale)
+        values = {
+            "train/loss": done.loss,
             "train/lr": rate,
-            "train/grad_norm": size,
-            "train/logit_scale": factor,
+            "train/grad_norm": done.grad_norm,
+            "train/logit_scale": done.logit_scale,
         }
-
-    def check_finite(self, loss: float, grad_norm: float) -> None:
-        """Stop before a step that would ruin the weights; the fp16 scaler skips its own.
-
-        Raises:
-            ConfigError: the loss or a gradient is NaN or infinite.
-        """
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.scaler.is_enabled()):
-            return
-        saved = [path for path in (self.paths.best, self.paths.last) if path.is_file()]
-        good = f"; the last good checkpoint is {saved[-1]}" if saved else ""
-        raise ConfigError(
-            f"the loss is {loss} and the gradient's norm {grad_norm} at step "
-            f"{self.state.step + 1}; lower train.lr, or use train.precision=fp32{good}"
-        )
+        if self.state.step % self.config.log_every == 0:
+            features = done.output.image_features, done.output.text_features
+            values |= self.alarm.features(self.state.step, *features)
+        return values
 
     def validation_is_due(self) -> bool:
         """Before the first step, every `eval_every` epochs, and at the end; once each."""
         step = self.state.step
         if self.state.validated == step:
             return False
-        every = self.config.eval_every * len(self.sampler)
+        every = self.config.eval_every * self.feed.steps_an_epoch
         return step in (0, self.total_steps) or bool(every and step % every == 0)
 
     def validate(self, writer: MetricWriter) -> None:
@@ -252,7 +177,7 @@ class Trainer:
             ConfigError: a metric that is to be watched is not measured.
         """
         state = self.state
-        with self.averaged():
+        with self.stepper.averaged():
             metrics, measured = self.validator.metrics()
             watched = metric(metrics, self.config.watch, "train.watch")
             better = state.observe(watched, self.config.min_change)
@@ -269,6 +194,16 @@ class Trainer:
             recalls(metrics, "val/image_to_text"),
             "  (best so far)" if better else "",
         )
+        if self.config.figures and is_main_process():
+            draw_figures(
+                measured.features,
+                self.inputs.val.pairs,
+                self.validator.evaluate,
+                self.feed.seed,
+                self.paths.logs / "figures",
+                writer,
+                state.step,
+            )
         self.conclude(metrics, watched)
         barrier()
 
@@ -287,10 +222,6 @@ class Trainer:
             state.ended = reason
             log.warning("ending at step %d of %d: %s", state.step, self.total_steps, reason)
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within it the model has the averaged weights, where there are any."""
-        return nullcontext() if self.average is None else self.average.swapped()
-
     def about(self) -> dict[str, Any]:
         """What a checkpoint's header says of the run."""
         now = time.monotonic()
@@ -299,7 +230,7 @@ class Trainer:
         return {
             "run": self.paths.models.name,
             "step": self.state.step,
-            "epoch": self.state.step / len(self.sampler),
+            "epoch": self.state.step / self.feed.steps_an_epoch,
             "seconds": round(self.state.seconds, 1),
         }
 
@@ -322,9 +253,7 @@ class Trainer:
         """Write the newest checkpoint with all that a resumed run needs; every rank calls it."""
         about = self.about()
         self.state.schedule = self.plateau.state_dict() if self.plateau else {}
-        tensors, training = resume.collect(self.state, self.optimizer, self.scaler)
-        if self.average is not None:
-            tensors |= {f"{AVERAGE}{k}": v for k, v in self.average.state_dict().items()}
+        tensors, training = resume.collect(self.state, self.stepper)
         if is_main_process():
             finished = self.finished and self.state.step == self.state.validated
             about |= {"finished": finished, "training": training}
@@ -335,12 +264,9 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the newest checkpoint, bit for bit as if the run had not stopped."""
         header, tensors = load_weights(self.paths.last, self.bundle)
-        self.state = resume.restore(tensors, header["training"], self.optimizer, self.scaler)
+        self.state = resume.restore(tensors, header["training"], self.stepper)
         if self.plateau is not None and self.state.schedule:
             self.plateau.load_state_dict(self.state.schedule)
-        if self.average is not None:
-            own = {k: v for k, v in tensors.items() if k.startswith(AVERAGE)}
-            self.average.load_state_dict({k.removeprefix(AVERAGE): v for k, v in own.items()})
         log.info("going on from step %d of %d", self.state.step, self.total_steps)
 
 

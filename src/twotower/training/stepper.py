@@ -1,0 +1,157 @@
+"""One optimiser step after another: gradient, clipping, update, moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from twotower.config import BatchNorm
+from twotower.distributed import all_gather_objects, world_size
+from twotower.models.dual_encoder import DualEncoder, DualEncoderOutput
+from twotower.models.locking import apply_batch_norm_policy
+from twotower.settings import ConfigError
+from twotower.train_config import Precision, TrainConfig
+from twotower.training.average import WeightAverage
+from twotower.training.bad_module import name_bad_module
+from twotower.training.gradient import Gradient, Inputs
+from twotower.training.loss import Loss, Pairs, Temperature, contrastive_loss
+from twotower.training.optim import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from twotower.training.towers import compile_towers, enable_grad_checkpointing
+
+OPTIMIZER, AVERAGE = "optimizer.", "average."  # begin the names of tensors that a resume needs
+
+
+class StepResult(NamedTuple):
+    """What a step was: its loss (nats), gradient norm before clipping, logit_scale, outputs."""
+
+    loss: float
+    grad_norm: float
+    logit_scale: float
+    output: DualEncoderOutput
+
+
+class Stepper:
+    """Everything that a step changes: weights, optimiser, scaler, moving average.
+
+    Args:
+        model: what is trained, on its device.
+        batch_norm: the policy for its batch norms.
+        loss: what is minimised.
+        config: the optimisation.
+        device: where the steps run.
+
+    Raises:
+        ConfigError: a setting does not fit the model or the device.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        batch_norm: BatchNorm,
+        loss: Loss,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        world, micro = world_size(), config.micro_batch_size
+        apply_batch_norm_policy(model, batch_norm, world, 0 < micro < config.batch_size // world)
+        if config.grad_checkpointing:
+            enable_grad_checkpointing(model)
+        if config.compile:
+            compile_towers(model, device)
+        self.optimizer = build_optimizer(model, config)
+        self.average = WeightAverage.of(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
+        parallel: nn.Module = model
+        if world > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            parallel = DistributedDataParallel(model, device_ids=ids)
+        self.gradient = Gradient(
+            model=model,
+            parallel=parallel,
+            loss=loss,
+            device=device,
+            precision=config.precision,
+            micro_batch_size=micro,
+            scale=self.scaler.scale,
+        )
+
+    def train(self) -> None:
+        """Switch the model to training."""
+        self.gradient.parallel.train()
+
+    def step(self, batch: Inputs, rate: float) -> StepResult:
+        """Forward, loss, backward, clip, update; every rank calls it with its part of the batch.
+
+        Raises:
+            ConfigError: the loss is not finite; the weights are those before the step.
+        """
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, output = self.gradient.backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.grad_clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        # One wait for the device a step, before the weights change.
+        value, size, factor = torch.stack([loss, norm, output.logit_scale]).tolist()
+        # The fp16 scaler skips steps whose gradient is not finite by itself.
+        if not (math.isfinite(value) and (math.isfinite(size) or self.scaler.is_enabled())):
+            raise ConfigError(
+                f"the loss is {value} and the gradient's norm {size}; {self.origin(batch)}"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update()
+        return StepResult(value, size, factor, output)
+
+    def origin(self, batch: Inputs) -> str:
+        """What went bad first, found by running the batch again; every rank calls it."""
+        size = self.config.micro_batch_size or len(batch)
+        found = None
+        for start in range(0, len(batch), size):
+            rows = slice(start, start + size)
+            found = found or name_bad_module(self.model, lambda rows=rows: self.alone(batch, rows))  # type: ignore[misc]
+        of_ranks = [name for name in all_gather_objects(found) if name]
+        return f"first bad: {of_ranks[0]}" if of_ranks else "run again, every module was finite"
+
+    def alone(self, batch: Inputs, rows: slice) -> Tensor:
+        """The loss of some pairs among themselves, without other ranks."""
+        output = self.gradient.forward(self.model, batch, rows)
+        pairs = Pairs(output.image_features, output.text_features, batch.keys[rows])
+        temperature = Temperature(output.logit_scale, output.logit_bias)
+        return contrastive_loss(self.gradient.loss, pairs, pairs, temperature)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has the averaged weights, where there are any."""
+        return nullcontext() if self.average is None else self.average.swapped()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the weights."""
+        tensors = {f"{OPTIMIZER}{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        if self.average is not None:
+            tensors |= {f"{AVERAGE}{k}": v for k, v in self.average.state_dict().items()}
+        return tensors
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        load_optimizer_tensors(self.optimizer, _below(OPTIMIZER, tensors))
+        if self.average is not None:
+            self.average.load_state_dict(_below(AVERAGE, tensors))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
