@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every gate, cheapest first, and stops at the first that fails; --all adds the tests marked slow
-# and installs what they need.
+# and installs what they need, and the comparison with OpenAI's own code, in its own environment.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -41,4 +41,8 @@ gate "mypy" mypy
 gate "import-linter" lint-imports --no-logo
 gate "shellcheck" shellcheck -x -P SCRIPTDIR scripts/*.sh .ci/run
 gate "pytest" "${tests[@]}"
+if [[ "$*" == --all ]]; then
+  borrow_environment .venv-parity parity .venv-test
+  gate "parity" .venv-parity/bin/python -m pytest tests/parity
+fi
 printf '\nevery gate passed in %d s\n' "$SECONDS"

@@ -33,6 +33,7 @@ case "$1 $2" in
     printf '#!/usr/bin/env bash\\necho "pip 1 from %s/lib"\\n' "$PWD/$4" >"$4/bin/pip"
     chmod +x "$4/bin/pip"
     ;;
+  "-m pytest") echo "$0 -m pytest ${*:3}" >>log ;;
   "-m pip") echo "installed ${!#}" >>log && [[ ! -e broken ]] ;;
   "--version "*) echo "Python 3.11.0" ;;
 esac
@@ -161,10 +162,24 @@ def test_old_python_is_refused_with_a_sentence(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "more", "pytest_line"),
-    [([], "", "pytest -m not slow"), (["--all"], ",optuna,ray,slurm", "pytest ")],
+    ("arguments", "more", "last_lines"),
+    [
+        ([], "", ["pytest -m not slow"]),
+        (
+            ["--all"],
+            ",optuna,ray,slurm",
+            [
+                "pytest ",
+                "made .venv-parity",
+                "installed .",
+                ".venv-parity/bin/python -m pytest tests/parity",
+            ],
+        ),
+    ],
 )
-def test_gates_run_in_order(root: Path, arguments: list[str], more: str, pytest_line: str) -> None:
+def test_gates_run_in_order(
+    root: Path, arguments: list[str], more: str, last_lines: list[str]
+) -> None:
     done = run(root, "scripts/test.sh", *arguments)
     assert done.returncode == 0, done.stderr
     scripts = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
@@ -176,7 +191,7 @@ def test_gates_run_in_order(root: Path, arguments: list[str], more: str, pytest_
         "mypy ",
         "lint-imports --no-logo",
         f"shellcheck -x -P SCRIPTDIR {' '.join(f'scripts/{n}' for n in scripts)} .ci/run",
-        pytest_line,
+        *last_lines,
     ]
     assert "every gate passed" in done.stdout
 

@@ -111,7 +111,8 @@ def test_shards_and_pickles_of_tensors_are_read(tmp_path: Path) -> None:
     model = make_model("quick_gelu")
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
-    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    assert index.is_file()
     old = tmp_path / "old"
     old.mkdir()
     (old / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
@@ -122,6 +123,13 @@ def test_shards_and_pickles_of_tensors_are_read(tmp_path: Path) -> None:
         found = read_huggingface(tmp_path / name).weights
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+    text = index.read_text()
+    index.write_text(text.replace(".safetensors", ".gone"))
+    with pytest.raises(ConfigError, match=r"gone does not exist; it should be a file of a CLIPM"):
+        read_huggingface(tmp_path / "shards")
+    index.write_text("{}")
+    with pytest.raises(ConfigError, match="has no weight_map"):
+        read_huggingface(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False], ids=["quick_gelu", "gelu"])
@@ -173,6 +181,7 @@ def test_what_cannot_be_held_or_read_gets_one_sentence(tmp_path: Path) -> None:
         "says image_size 64, but the weights beside it are for 32": {
             "vision_config": {"image_size": 64}
         },
+        "ends captions with token 7, but OpenAI's": {"text_config": {"eos_token_id": 7}},
         "is not the config of a CLIPModel": {"text_config": {"num_attention_heads": "x"}},
     }
     for sentence, change in changes.items():
@@ -198,7 +207,7 @@ def test_what_cannot_be_held_or_read_gets_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the weights have no .*layers.1.self_attn.k_proj.bias"):
         read_huggingface(tmp_path)
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ConfigError, match="cannot be read as a CLIPModel's weights: it is trunc"):
+    with pytest.raises(ConfigError, match="read as a file of a CLIPModel's weights: it is trunc"):
         read_huggingface(tmp_path)
     weights.unlink()
     with pytest.raises(ConfigError, match="holds a config.json and no model.safetensors or"):

@@ -138,7 +138,7 @@ def test_what_cannot_be_held_or_read_gets_one_sentence(tmp_path: Path) -> None:
         read_open_clip(tmp_path)
     path.write_text(plain)
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:5000])
-    with pytest.raises(ConfigError, match="cannot be read as open_clip's weights: it is truncated"):
+    with pytest.raises(ConfigError, match="read as a file of open_clip's weights: it is truncated"):
         read_open_clip(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match="holds no weights; open_clip's are in"):

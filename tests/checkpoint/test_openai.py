@@ -185,10 +185,10 @@ def test_what_is_no_clip_gets_one_sentence(model: Clip, archive: Path, tmp_path:
     text.write_text("nothing")
     other = tmp_path / "other.pt"
     torch.save({"fc.weight": torch.ones(2)}, other)
-    broken = "{} cannot be read as OpenAI's format: it is truncated"
+    broken = "{} cannot be read as a file in OpenAI's format: it is truncated"
     sentences = {
-        tmp_path / "none.pt": "{} does not exist; give a .pt file",
-        tmp_path: "{} is a folder; give a .pt file",
+        tmp_path / "none.pt": "{} does not exist; it should be a file in OpenAI's format",
+        tmp_path: "{} is a folder; it should be a file in OpenAI's format",
         cut_plain: broken,
         cut_archive: broken,
         text: broken,

@@ -16,7 +16,9 @@ from twotower.config import ExportFormat
 from twotower.export import huggingface
 from twotower.export.formats import EXPORTERS, Exporter
 from twotower.export.probe import make_probe
-from twotower.models.dual_encoder import ModelBundle
+from twotower.models.clip_weights import read_clip
+from twotower.models.dual_encoder import MODELS, ModelBundle
+from twotower.models.openai_finetune import OpenaiFinetuneConfig
 from twotower.settings import ConfigError
 
 FORMATS = [kind.name for kind in ExportFormat]
@@ -86,6 +88,17 @@ def test_a_wrong_activation_is_noticed(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("quick_gelu", "gelu"))
     with pytest.raises(RuntimeError, match="the image features that CLIPModel gives differ"):
         huggingface.check(bundle, tmp_path, make_probe(bundle, tmp_path / "best.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["openai", "open_clip", "hf"])
+def test_the_bias_of_a_sigmoid_loss_is_no_obstacle(kind: str, tmp_path: Path) -> None:
+    bundle = clip_bundle(VIT)
+    bundle.model.start_temperature(1.0, -10.0)
+    export(bundle, kind, tmp_path / "out")
+    weights = read_clip(tmp_path / "out").weights
+    assert ("logit_bias" in weights) == (kind == "open_clip")
+    assert weights["logit_scale"] == 1
+    MODELS.build(OpenaiFinetuneConfig(weights=str(tmp_path / "out")))
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:

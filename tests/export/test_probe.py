@@ -53,7 +53,6 @@ def test_pictures_that_are_gone_are_no_mistake(tmp_path: Path) -> None:
 
 def test_features_that_differ_or_are_no_numbers_are_refused() -> None:
     ones = (torch.ones(2, 4), torch.ones(3, 4))
-    check_equal(ones, ones, "it", tolerance=0)
     check_equal(ones, (ones[0] * (1 + 1e-5), ones[1]), "it")
     wrong = {
         "the text features that it gives differ from those of the checkpoint by 1.0e-03": (

@@ -85,7 +85,7 @@ def test_wrong_paths_get_a_sentence(bert: Path, tmp_path: Path) -> None:
     sentences = {
         "bert.safetensors": "is a checkpoint of bert_resnet, which is none of OpenAI's",
         "model.safetensors": "holds a CLIPModel of Hugging Face's without its config.json; give",
-        "cut.safetensors": "cannot be read as a CLIP: it is truncated, or another kind of file",
+        "cut.safetensors": "cannot be read as a file of CLIP weights: it is truncated, or",
         "": "holds neither open_clip_config.json nor config.json; give a .pt file in OpenAI's",
         "missing": "there is no .*missing; give a .pt file in OpenAI's format, a folder of",
     }

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip
-from twotower.checkpoint.openai import read_openai, write_openai
+from twotower.checkpoint.openai import write_openai
 from twotower.config import ModelConfig
+from twotower.models.clip_weights import clip_of, read_clip
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle, PixelNorm, Tower
 from twotower.models.lora import add_adapters, merge_adapters
 from twotower.models.openai_clip import to_openai_names
-from twotower.models.openai_export import export_openai
 from twotower.models.openai_finetune import OpenaiFinetuneConfig
 from twotower.models.saved import load_bundle, save_bundle
 from twotower.models.stages import encoder_stages
@@ -148,14 +148,15 @@ def test_merged_weights_give_the_adapted_features(variant: str, make: Make, tmp_
     assert merge_adapters(plain) is plain
 
 
-def test_openais_format_takes_the_merged_weights(make: Make, tmp_path: Path) -> None:
+def test_other_formats_and_finetunes_take_the_merged_weights(make: Make, tmp_path: Path) -> None:
     bundle = make("finetune_vit", lora_rank=3)
     train(bundle)
-    export_openai(bundle, tmp_path / "merged.pt")
-    weights = read_openai(tmp_path / "merged.pt")
+    path = tmp_path / "best.safetensors"
+    save_bundle(path, bundle)
     expected = to_openai_names(merge_adapters(bundle).model.state_dict())
-    assert weights.keys() >= expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for clip in (clip_of(bundle), read_clip(path)):
+        assert clip.weights.keys() == expected.keys()
+        assert all(torch.equal(clip.weights[name], expected[name]) for name in expected)
 
 
 def test_only_unlocked_stages_are_adapted(make: Make) -> None:

@@ -12,7 +12,8 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
 from tests.models.tiny import RESNET, VIT, make_clip
-from twotower.checkpoint.openai import Architecture, write_openai
+from twotower.checkpoint.clip import Architecture
+from twotower.checkpoint.openai import write_openai
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle
 from twotower.models.openai_clip import ARCHITECTURES, Activation, to_openai_names
 from twotower.models.openai_finetune import (

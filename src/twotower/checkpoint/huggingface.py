@@ -29,8 +29,10 @@ from twotower.settings import ConfigError
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 NAMES = (WEIGHTS, "pytorch_model.bin")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+KIND = "a file of a CLIPModel's weights"
 EPSILON = 1e-5  # of the layer norms, in OpenAI's architectures
 TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407}  # of OpenAI's byte pairs
+ENDS = (TOKENS["eos_token_id"], 2)  # 2 is written in old files and means the highest id, the same
 
 
 def read_huggingface(folder: Path) -> ClipCheckpoint:
@@ -57,6 +59,11 @@ def read_huggingface(folder: Path) -> ClipCheckpoint:
                 f"{path} gives {name} a layer_norm_eps of {values['layer_norm_eps']}; twotower's "
                 f"towers have {EPSILON}"
             )
+    if text["eos_token_id"] not in ENDS:
+        raise ConfigError(
+            f"{path} ends captions with token {text['eos_token_id']}, but OpenAI's tokenizer, "
+            f"which twotower uses, with {TOKENS['eos_token_id']}"
+        )
     weights = clip_weights(from_huggingface(_tensors(folder)), folder)
     vision_width = weights["visual.conv1.weight"].shape[0]
     text_width = weights["ln_final.weight"].shape[0]
@@ -115,11 +122,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder, from one file or from those that an index lists."""
     for name in NAMES:
         if (folder / name).is_file():
-            return read_tensors(folder / name, "a CLIPModel's weights")
+            return read_tensors(folder / name, KIND)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-            shards = [read_tensors(folder / Path(file).name, "a shard") for file in files]
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise ConfigError(f"{index} has no weight_map")
+            files = sorted({Path(str(file)).name for file in places.values()})
+            shards = [read_tensors(folder / file, KIND) for file in files]
             return {key: tensor for shard in shards for key, tensor in shard.items()}
     raise ConfigError(f"{folder} holds a {CONFIG} and no {' or '.join(NAMES)}")
 

@@ -63,7 +63,7 @@ def read_open_clip(folder: Path, weights: Path | None = None) -> ClipCheckpoint:
     _check_plain(path, model, vision, text)
     pixels = _pixels(path, config.get("preprocess_cfg", {}))
     source = weights or find_weights(folder)
-    tensors = clip_weights(read_tensors(source, "open_clip's weights"), source)
+    tensors = clip_weights(read_tensors(source, "a file of open_clip's weights"), source)
     text_width = tensors["ln_final.weight"].shape[0]
     architecture = infer_architecture(
         tensors,

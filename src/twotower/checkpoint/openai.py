@@ -27,7 +27,7 @@ def read_openai(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: missing, truncated, no CLIP of OpenAI's kind, or asking for more than tensors.
     """
-    return clip_weights(read_tensors(path, "OpenAI's format"), path)
+    return clip_weights(read_tensors(path, "a file in OpenAI's format"), path)
 
 
 def clip_weights(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

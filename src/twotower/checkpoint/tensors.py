@@ -21,14 +21,14 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
     training programs).
 
     Args:
-        kind: what the file should be, for the sentence about one that is something else.
+        kind: what the file should be, for the sentence about one that is not.
 
     Raises:
         ConfigError: missing, truncated, no weights at all, or asking for more than tensors.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {what}; give a .pt file in OpenAI's format")
+        raise ConfigError(f"{path} {what}; it should be {kind}")
     try:
         loaded = _load(path)
     # A damaged file can make an unpickler raise nearly anything; each means the same to the user.

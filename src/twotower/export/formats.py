@@ -53,6 +53,8 @@ EXPORTERS = {
 def export_bundle(bundle: ModelBundle, kind: ExportFormat, path: Path, probe: Probe) -> str:
     """Write a bundle in a format, have it read again, and keep it only if the features are equal.
 
+    Adapters (LoRA) are added into the weights first.
+
     Adapters are merged into the weights that they adapt.
 
     Returns:
@@ -64,6 +66,7 @@ def export_bundle(bundle: ModelBundle, kind: ExportFormat, path: Path, probe: Pr
     """
     exporter = EXPORTERS[kind]
     check_place(path, exporter.folder, kind)
+    bundle = merge_adapters(bundle)
     bundle = merge_adapters(bundle)
     place = replacing_folder(path) if exporter.folder else replacing(path)
     with place as temporary:

@@ -121,24 +121,31 @@ def _about(bundle: ModelBundle) -> dict[str, Any]:
     seen = ImageInput.from_json(bundle.assets["image_input"])
     with torch.inference_mode():
         dim = bundle.model.encode_text(bundle.tokenizer(["a dog"])).shape[1]
+    length = bundle.tokenizer.context_length
     return {
         "format": FORMAT,
         "variant": bundle.config.registered_name,
         "dim": dim,
+        "unit_norm": False,
         "logit_scale": bundle.model.logit_scale.exp().item(),
+        "tokenizer": TOKENIZER,
+        "context_length": length,
+        "image_size": seen.size,
+        "interpolation": seen.interpolation.name,
+        "mean": seen.mean,
+        "std": seen.std,
         "image": {
             "file": IMAGE,
-            "input": "images: uint8 (batch, 3, size, size), RGB; the graph normalises",
-            "size": seen.size,
-            "resize": f"short side to size, {seen.interpolation.name} with antialiasing; centre",
-            "mean": seen.mean,
-            "std": seen.std,
-            "output": "image_features: float32 (batch, dim), not of unit norm",
+            "input": "images",
+            "dtype": "uint8",
+            "shape": ["batch", 3, seen.size, seen.size],
+            "output": "image_features",
         },
         "text": {
             "file": TEXT,
-            "input": "tokens: int64 (batch, context_length), by tokenizer.json",
-            "context_length": bundle.tokenizer.context_length,
-            "output": "text_features: float32 (batch, dim), not of unit norm",
+            "input": "tokens",
+            "dtype": "int64",
+            "shape": ["batch", length],
+            "output": "text_features",
         },
     }

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from twotower.checkpoint import huggingface, native, open_clip
 from twotower.checkpoint.clip import ClipCheckpoint, Pixels, infer_architecture
 from twotower.checkpoint.openai import clip_weights
 from twotower.checkpoint.tensors import read_tensors
 from twotower.models.dual_encoder import ModelBundle
+from twotower.models.lora import merge_adapters
 from twotower.models.openai_clip import architecture_of, to_openai_names
 from twotower.models.preprocess import ImageInput
-from twotower.models.saved import TRAINING
+from twotower.models.saved import load_bundle
 from twotower.settings import ConfigError
 
 FORMATS = (
@@ -24,7 +23,7 @@ FORMATS = (
 
 
 def clip_of(bundle: ModelBundle) -> ClipCheckpoint:
-    """A bundle's weights and what its readers must know of them.
+    """A bundle's weights, adapters added into them, and what their readers must know of them.
 
     Raises:
         ConfigError: the bundle is no OpenAI architecture.
@@ -34,7 +33,14 @@ def clip_of(bundle: ModelBundle) -> ClipCheckpoint:
             f"a checkpoint of {bundle.config.registered_name} is none of OpenAI's architectures, "
             "which are all that format=openai, open_clip and hf hold; use format=onnx"
         )
-    return _clip(to_openai_names(bundle.model.state_dict()), bundle.assets, "the checkpoint")
+    seen = ImageInput.from_json(bundle.assets["image_input"])
+    return ClipCheckpoint(
+        weights=to_openai_names(merge_adapters(bundle).model.state_dict()),
+        architecture=architecture_of(bundle.assets),
+        quick_gelu=bundle.assets["activation"] == "quick_gelu",
+        pixels=Pixels(mean=seen.mean, std=seen.std, interpolation=seen.interpolation.name),
+        source="the checkpoint",
+    )
 
 
 def read_clip(path: Path) -> ClipCheckpoint:
@@ -52,7 +58,7 @@ def read_clip(path: Path) -> ClipCheckpoint:
         raise ConfigError(f"model.weights: there is no {path}; give {FORMATS}")
     if path.suffix == ".safetensors" and native.is_native(path):
         return _read_native(path)
-    tensors = read_tensors(path, "a CLIP")
+    tensors = read_tensors(path, "a file of CLIP weights")
     if any(name.startswith("vision_model.") for name in tensors):
         if not (path.parent / huggingface.CONFIG).is_file():
             raise ConfigError(
@@ -87,23 +93,10 @@ def _read_folder(folder: Path) -> ClipCheckpoint:
 
 
 def _read_native(path: Path) -> ClipCheckpoint:
-    header, tensors = native.load_checkpoint(path)
-    assets = header.get("assets", {})
-    if "architecture" not in assets:
+    header = native.read_header(path)
+    if "architecture" not in header.get("assets", {}):
         raise ConfigError(
             f"{path} is a checkpoint of {header.get('variant')}, which is none of OpenAI's "
             "architectures; model=openai_finetune cannot start from it"
         )
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING)}
-    return _clip(to_openai_names(own), assets, str(path))
-
-
-def _clip(weights: dict[str, Tensor], assets: Mapping[str, str], source: str) -> ClipCheckpoint:
-    seen = ImageInput.from_json(assets["image_input"])
-    return ClipCheckpoint(
-        weights=weights,
-        architecture=architecture_of(assets),
-        quick_gelu=assets["activation"] == "quick_gelu",
-        pixels=Pixels(mean=seen.mean, std=seen.std, interpolation=seen.interpolation.name),
-        source=source,
-    )
+    return replace(clip_of(load_bundle(path)), source=str(path))

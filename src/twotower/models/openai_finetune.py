@@ -149,7 +149,7 @@ def _from_open_clip(architecture: str, tag: str) -> ClipCheckpoint:
             f"cannot download {tag} of {architecture} for model.weights; try again, "
             "or give the path of a local file"
         ) from error
-    weights = clip_weights(read_tensors(path, "open_clip's weights"), path)
+    weights = clip_weights(read_tensors(path, "a file of open_clip's weights"), path)
     return ClipCheckpoint(
         weights=weights,
         architecture=infer_architecture(weights),
