@@ -191,5 +191,5 @@ def train(config: Config) -> float | None:
         paths.best,
         config.run.logs_dir,
     )
-    watched: float | None = best["metrics"].get(config.train.watch.removeprefix("val/"))
+    watched: float = best["watched"]
     return watched

@@ -185,7 +185,8 @@ class Trainer:
             better = state.observe(watched, self.config.min_change)
             if better and is_main_process():
                 report = {k.removeprefix("val/"): v for k, v in metrics.items() if "val/" in k}
-                save_bundle(self.paths.best, self.bundle, **self.about(), metrics=report)
+                about = {**self.about(), "metrics": report, "watched": watched}
+                save_bundle(self.paths.best, self.bundle, **about)
         state.validated = state.step
         writer.write(state.step, metrics)
         log.info(
