@@ -48,6 +48,7 @@ class HashTokenizer:
 
     context_length: int = 8
     vocab_size: int = 97
+    pad_id: int = 0
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import subprocess
@@ -93,13 +94,13 @@ def test_what_trained_is_recorded_and_what_was_reused_is_not(
 
 def test_the_config_is_recorded_as_it_was_asked_for(config: Config) -> None:
     recorded = json.loads(json.dumps(plain(config)))
-    for name in ("model", "data", "index"):
+    for name in ("model", "data", "index", "loss"):
         section = getattr(config, name)
         assert recorded[name].pop("registered_name") == section.registered_name
     for name, values in recorded.items():
         section = getattr(config, name)
         rebuilt = from_plain(type(section), values) if isinstance(values, dict) else values
-        assert rebuilt == section
+        assert rebuilt == (section.name if isinstance(section, enum.Enum) else section)
 
 
 def test_the_revision_is_that_of_the_work_tree(tmp_path: Path) -> None:

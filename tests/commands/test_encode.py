@@ -15,6 +15,7 @@ from twotower.data.folder import CaptionsFrom, FolderConfig
 from twotower.embedding import encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.settings import ConfigError
+from twotower.train_config import LossConfig
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     for path, caption in write_pictures(tmp_path / "pictures", 7)[:5]:
         path.with_suffix(".txt").write_text(caption)
     return Config(
+        loss=LossConfig(),
         model=ModelConfig(),
         data=FolderConfig(folder=str(tmp_path / "pictures"), captions=CaptionsFrom.text),
         index=IndexConfig(),

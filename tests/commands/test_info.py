@@ -11,6 +11,7 @@ import pytest
 from twotower.commands.info import run
 from twotower.config import Config, DataConfig, FreeText, IndexConfig, ModelConfig, RunConfig
 from twotower.machine import describe, table
+from twotower.train_config import LossConfig
 
 
 def test_prints_the_table_of_its_models_folder(
@@ -19,6 +20,7 @@ def test_prints_the_table_of_its_models_folder(
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run" / "best.safetensors").touch()
     config = Config(
+        loss=LossConfig(),
         model=ModelConfig(),
         data=DataConfig(),
         index=IndexConfig(),

@@ -7,10 +7,12 @@ from twotower.config import Config, FreeText, IndexConfig, ModelConfig, RunConfi
 from twotower.data.synthetic import SyntheticConfig
 from twotower.models import backbones
 from twotower.settings import ConfigError
+from twotower.train_config import LossConfig
 
 
 def config(folder: Path) -> Config:
     return Config(
+        loss=LossConfig(),
         model=ModelConfig(),
         data=SyntheticConfig(folder=str(folder / "data"), count=8),
         index=IndexConfig(),

@@ -15,6 +15,7 @@ from twotower.data.pairs import (
     Unreadable,
     load_pairs,
     prepare_pairs,
+    trim_padding,
 )
 from twotower.data.synthetic import SyntheticConfig
 from twotower.settings import ConfigError
@@ -125,3 +126,13 @@ def test_augmentation_is_drawn_by_seed_epoch_and_row_alone(tmp_path):
     noise.set_epoch(1)
     assert not torch.equal(noise[0].image, first[0])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_of_all_rows_is_trimmed_to_a_multiple_of_eight():
+    tokens = torch.zeros(3, 77, dtype=torch.int64)
+    tokens[0, :4], tokens[1, :11] = 5, 6
+    trimmed = trim_padding(tokens, 0)
+    assert trimmed.shape == (3, 16) and torch.equal(trimmed, tokens[:, :16])
+    tokens[2, :75] = 7
+    assert torch.equal(trim_padding(tokens, 0), tokens)
+    assert trim_padding(torch.full((2, 5), 9), 9).shape == (2, 5)

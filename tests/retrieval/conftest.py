@@ -21,6 +21,7 @@ from twotower.embedding.export import export
 from twotower.embedding.store import EmbeddingStore
 from twotower.models.dual_encoder import ModelBundle
 from twotower.retrieval.exact import ExactConfig
+from twotower.train_config import LossConfig
 
 COUNT = 30
 CAPTIONS = {
@@ -73,6 +74,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
 def config(store: EmbeddingStore, tmp_path: Path) -> Config:
     """A search of that store whose outputs go to the test's own folder."""
     return Config(
+        loss=LossConfig(),
         model=ModelConfig(),
         data=DataConfig(),
         index=ExactConfig(),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers import tiny_bundle
 from tests.models.tiny import VIT, bert_config, make_clip, write_bert
@@ -285,3 +286,22 @@ def test_a_resumed_optimiser_goes_on_bit_for_bit(apex, kind, monkeypatch):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(name.startswith("group") for name in found) == (kind is not Optimizer.adamw)
+
+
+def test_restored_moments_have_the_layout_of_their_weights():
+    """A fused step reads both in the order of memory."""
+    torch.manual_seed(0)
+    steps = [torch.randn(8, 6, 3, 3) for _ in range(3)]
+    whole, resumed = [
+        nn.Conv2d(6, 8, 3, bias=False).to(memory_format=torch.channels_last) for _ in range(2)
+    ]
+    resumed.load_state_dict(whole.state_dict())
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=True) for m in (whole, resumed)]
+    for number, gradient in enumerate(steps):
+        for model, optimizer in zip((whole, resumed), optimizers, strict=True):
+            model.weight.grad = torch.empty_like(model.weight).copy_(gradient)
+            optimizer.step()
+        if number == 1:
+            kept = {k: v.contiguous().clone() for k, v in optimizer_tensors(optimizers[1]).items()}
+            load_optimizer_tensors(optimizers[1], kept)
+    assert torch.equal(whole.weight, resumed.weight)

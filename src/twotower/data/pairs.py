@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+COLUMNS = 8  # the number of token columns is a multiple of it
+
+
 class Unreadable(NamedTuple):
     """A picture that could not be decoded: its file and the reason in a few words."""
 
@@ -154,17 +157,33 @@ def caption_number(caption: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def trim_padding(tokens: Tensor, pad_id: int) -> Tensor:
+    """Token ids (B, L) without the columns that are padding in every row, but for a few.
+
+    Their number is rounded up to a multiple of 8, so that compiled towers meet few shapes. Text
+    towers leave padding out of the features of the words before it, so nothing else changes.
+    """
+    used = (tokens != pad_id).any(0).nonzero()
+    longest = int(used[-1]) + 1 if len(used) else 1
+    return tokens[:, : -(-longest // COLUMNS) * COLUMNS].contiguous()
+
+
 @dataclass(frozen=True)
 class Collate:
-    """Turns samples into a `Batch`; a class so that worker processes can be sent it."""
+    """Turns samples into a `Batch`; a class so that worker processes can be sent it.
+
+    `pad_id` is what fills up short captions; None where `tokenizer` gives something else than ids.
+    """
 
     tokenizer: Callable[[Sequence[str]], Tensor]
+    pad_id: int | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         images, captions, image_ids, unreadable = zip(*samples, strict=True)
+        tokens = self.tokenizer(captions)
         return Batch(
             torch.stack(images),
-            self.tokenizer(captions),
+            tokens if self.pad_id is None else trim_padding(tokens, self.pad_id),
             torch.tensor([image_ids, [caption_number(text) for text in captions]]).T,
             tuple(dict.fromkeys(chain.from_iterable(unreadable))),
         )

@@ -22,10 +22,13 @@ ImageTransform = Callable[[Image], Tensor]
 
 
 class Tokenizer(Protocol):
-    """Turns captions into token ids: (N, context_length) int64, cut and padded to it."""
+    """Turns captions into ids (N, context_length) int64, cut to it or padded with `pad_id`."""
 
     @property
     def context_length(self) -> int: ...
+
+    @property
+    def pad_id(self) -> int: ...
 
     def __call__(self, texts: Sequence[str]) -> Tensor: ...
 

@@ -79,7 +79,7 @@ class HuggingFaceText(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = tokens != self.pad_id
-        if self.trim_padding or self.training:
+        if self.trim_padding:
             longest = int(mask.sum(1).amax())
             tokens, mask = tokens[:, :longest], mask[:, :longest]
         output = self.encoder(input_ids=tokens, attention_mask=mask.to(torch.int64))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,7 @@ class OpenAITokenizer:
     """Captions -> ids (N, context_length) by OpenAI's byte pairs: start, text, end, zeros."""
 
     context_length: int = 77
+    pad_id: ClassVar[int] = 0
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
@@ -176,6 +177,7 @@ def build_towers(
         ),
         quick_gelu=quick_gelu,
     )
+    clip.text.transformer.register_forward_pre_hook(_fit_mask, with_kwargs=True)
     image_trunk = nn.Sequential(image_input.norm(), clip.visual)
     for trunk, unlocked, side in (
         (image_trunk, image_unlocked, "image"),
@@ -188,6 +190,16 @@ def build_towers(
         Tower(clip.text, nn.Identity(), locked=text_unlocked == 0),
         clip.logit_scale,
     )
+
+
+def _fit_mask(
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Cut the causal mask to the captions' length: open_clip's is that of the whole context."""
+    length, mask = args[0].shape[1], kwargs.get("attn_mask")
+    if mask is not None and mask.shape[-1] > length:
+        kwargs = {**kwargs, "attn_mask": mask[:length, :length]}
+    return args, kwargs
 
 
 def build_bundle(

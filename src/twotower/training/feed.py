@@ -74,7 +74,7 @@ class Feed:
         return DataLoader(
             self.inputs.train,
             batch_sampler=self.sampler,
-            collate_fn=Collate(self.inputs.tokenizer),
+            collate_fn=Collate(self.inputs.tokenizer, self.inputs.pad_id),
             num_workers=self.config.num_workers,
             worker_init_fn=plain_signals,
             pin_memory=self.device.type == "cuda",

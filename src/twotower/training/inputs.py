@@ -47,6 +47,7 @@ class TrainingInputs:
     val: EvaluationSet
     probe: EvaluationSet | None
     tokenizer: Callable[[Sequence[str]], Tensor]
+    pad_id: int | None
 
 
 def _is_cached(tower: torch.nn.Module, config: TrainConfig) -> bool:
@@ -90,11 +91,13 @@ def prepare_inputs(
 
     sets = [evaluation_set(part) for part in (val, probe) if part is not None]
     tokenizer: Callable[[Sequence[str]], Tensor] = bundle.tokenizer
+    pad_id: int | None = bundle.tokenizer.pad_id
     if _is_cached(text_tower, config):
         tables = [train_pairs, *(part.pairs for part in sets)]
         texts = [caption for table in tables for caption in table.all_captions()[0]]
         texts += [text for part in sets if part.prompts for text in part.prompts.texts()]
         tokenizer = caption_features(bundle, [*texts, ""], config, device, cache_folder)
+        pad_id = None
         text_tower = text_tower.get_submodule("head")
     trained = DualEncoder(image_tower, text_tower, model.logit_scale, model.logit_bias)
     if not any(p.requires_grad for name, p in trained.named_parameters() if "." in name):
@@ -107,4 +110,5 @@ def prepare_inputs(
         val=sets[0],
         probe=sets[1] if probe else None,
         tokenizer=tokenizer,
+        pad_id=pad_id,
     )
