@@ -170,7 +170,7 @@ def their_step(
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
