@@ -224,7 +224,7 @@ class ProbeConfig(Section):
     )
     split: str = setting("val", "split of it to measure on")
     max_images: int = setting(0, "measure on the first so many of its images; 0 is all", ge=0)
-    metric: str = setting("mean_recall", "metric that is watched, as text_to_image_R@10 or top1")
+    metric: str = setting("mean_recall", "watched metric, as text_to_image_R@10 or zeroshot_top1")
 
 
 @dataclass(kw_only=True)

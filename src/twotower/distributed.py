@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +69,17 @@ def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over ranks into each tensor, in one message; every rank calls it."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = torch.split(flat / world_size(), [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def all_gather_objects(item: T) -> list[T]:

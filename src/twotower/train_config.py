@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from twotower.settings import Choice, Section, setting
+from twotower.settings import Choice, ConfigError, Section, setting
 
 
 class Precision(enum.Enum):
@@ -58,8 +58,8 @@ class LossConfig(Choice):
     section: ClassVar[str] = "loss"
 
     same_image: SameImage = setting(
-        SameImage.ignore,
-        "pairs of one image or one caption: positive, mask (left out), or ignore (negatives)",
+        SameImage.mask,
+        "other pairs of one image or one caption: positive, mask (left out), or ignore (negatives)",
     )
 
 
@@ -94,7 +94,7 @@ class TrainConfig(Section):
     pairing: Pairing = setting(
         Pairing.one,
         "captions of an image: one an epoch; or each a pair: separate (never in one batch), "
-        "group (always in one batch) or shuffle",
+        "group (side by side) or shuffle",
     )
     optimizer: Optimizer = setting(
         Optimizer.adamw, "adamw, or apex's fused_adam or fused_lamb (CUDA, apex installed)"
@@ -138,7 +138,8 @@ class TrainConfig(Section):
     )
     eval_every: int = setting(1, "epochs between validations; 0 validates only at the end", ge=0)
     watch: str = setting(
-        "val/mean_recall", "validation metric that decides the best checkpoint; higher is better"
+        "val/mean_recall",
+        "metric of a validation that decides the best checkpoint (val/ or probe/)",
     )
     early_stopping: bool = setting(False, "end when the watched metric no longer improves")
     patience: int = setting(5, "early stopping: validations without improvement", ge=1)
@@ -166,3 +167,22 @@ class TrainConfig(Section):
     keep_last: int = setting(1, "newest checkpoints kept beside the best", ge=1)
     resume: bool = setting(True, "go on with a run that was stopped")
     overwrite: bool = setting(False, "begin anew: a finished run instead of reusing it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needs = {
+            "train.early_stopping": self.early_stopping,
+            "train.stop_on_forgetting": bool(self.stop_on_forgetting),
+            "train.schedule=plateau": self.schedule is Schedule.plateau,
+        }
+        for name, asked in needs.items():
+            if asked and not self.eval_every:
+                raise ConfigError(
+                    f"{name} needs validations between the first and the last step; set "
+                    "train.eval_every to 1 or more"
+                )
+        if not self.watch.startswith(("val/", "probe/")):
+            raise ConfigError(
+                f"train.watch must name a metric of a validation, as val/mean_recall or "
+                f"probe/zeroshot_top1, not {self.watch!r}"
+            )

@@ -12,7 +12,7 @@ from twotower import distributed
 from twotower.config import BatchNorm
 from twotower.models.dual_encoder import DualEncoder, Tower
 from twotower.models.locking import apply_batch_norm_policy
-from twotower.train_config import Precision
+from twotower.train_config import Precision, TrainConfig
 from twotower.training import gradient
 from twotower.training.gradient import Gradient, Inputs
 from twotower.training.loss import (
@@ -23,6 +23,7 @@ from twotower.training.loss import (
     Temperature,
     contrastive_loss,
 )
+from twotower.training.stepper import Stepper
 
 BATCH = 24
 CPU = torch.device("cpu")
@@ -214,3 +215,20 @@ def test_running_statistics_change_once_a_step():
 def test_gather_with_grad_is_the_identity_on_one_rank():
     features = nn.Parameter(torch.randn(3, 2))
     assert distributed.all_gather_with_grad(features) is features
+
+
+def statistics_after_a_step(micro_batch_size):
+    model = make_model("clip", batch_norm=BatchNorm.local)
+    loss = LOSSES.build(ClipLossConfig())
+    config = TrainConfig(batch_size=BATCH, micro_batch_size=micro_batch_size)
+    stepper = Stepper(model, BatchNorm.local, loss, config, CPU)
+    stepper.train()
+    done = stepper.step(mine(make_inputs(torch.float32)), 1e-3)
+    return done.loss, [buffer.clone() for buffer in stepper.statistics]
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 4])
+def test_ranks_have_the_same_statistics_and_the_same_loss_after_a_step(micro_batch_size):
+    (loss, one), (other_loss, other) = run_ranks(statistics_after_a_step, 2, micro_batch_size)
+    assert loss == other_loss and len(one) == 2
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

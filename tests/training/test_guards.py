@@ -147,3 +147,56 @@ def test_the_last_k_checkpoints_are_kept(ask):
     steps = [read_header(path)["step"] for path in kept]
     assert len(kept) == 2 and [int(path.stem[5:]) for path in kept] == steps
     assert steps[-1] < read_header(paths.last)["step"]
+
+
+def test_weights_that_have_forgotten_are_not_the_best(ask, monkeypatch):
+    measure, falls = Validator.metrics, iter([60.0, 40.0])
+
+    def metrics(validator):
+        values, measured = measure(validator)
+        return {**values, "val/mean_recall": 90.0, "probe/mean_recall": next(falls)}, measured
+
+    monkeypatch.setattr(Validator, "metrics", metrics)
+    config = ask("data@probe.data=synthetic", "train.stop_on_forgetting=5")
+    train(config)
+    assert read_header(RunPaths.of(config).best)["step"] == 0
+
+
+def test_a_probe_needs_no_captions(ask, tmp_path):
+    pictures = folder_of_classes(tmp_path)
+    rows = [f"{p.relative_to(pictures)},val,{p.parent.name}" for p in pictures.rglob("*.jpg")]
+    (pictures / "list.csv").write_text("\n".join(["filepath,split,kind", *rows]))
+    config = ask(
+        *("data@probe.data=manifest", f"probe.data.manifest={pictures}/list.csv"),
+        *("probe.data.class_column=kind", "probe.data.caption_column="),
+        *("probe.metric=zeroshot_top1", "train.epochs=1"),
+    )
+    train(config)
+    assert all("probe/zeroshot_top1" in record for record in validations(config))
+
+
+def test_a_sweep_that_was_killed_is_made_up_for(ask):
+    config = ask("train.epochs=1", "train.wise_ft=true")
+    train(config)
+    paths = RunPaths.of(config)
+    written = (paths.logs / "wise_ft.json").read_text()
+    for path in (paths.wise_ft, paths.logs / "wise_ft.json"):
+        path.unlink()
+    train(config)
+    assert paths.wise_ft.is_file()
+    assert (paths.logs / "wise_ft.json").read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["train.eval_every=0", "train.early_stopping=true"], "early_stopping needs validations"),
+        (["train.watch=train/loss"], "train.watch must name a metric of a validation"),
+        (["train.start_from=no.safetensors"], "there is no checkpoint at no.safetensors"),
+        (["train.pairing=separate", "train.batch_size=64"], "there are 48 training images"),
+        (["train.micro_batch_size=16"], "more than the 8 pairs"),
+    ],
+)
+def test_what_cannot_be_trained_gets_a_sentence(ask, more, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        train(ask(*more))

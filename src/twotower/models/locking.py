@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from twotower.config import ALL, BatchNorm
@@ -78,6 +78,12 @@ def trainable_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
         else:
             found += trainable_batch_norms(child)
     return found
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The means and variances of the batch norms that are trained, in a fixed order."""
+    norms = [getattr(parent, name) for parent, name in trainable_batch_norms(model)]
+    return [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
 
 
 def apply_batch_norm_policy(

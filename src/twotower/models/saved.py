@@ -61,6 +61,8 @@ def load_bundle(path: Path) -> ModelBundle:
 def load_weights(path: Path, bundle: ModelBundle) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put a checkpoint's weights into a bundle that is built already.
 
+    Weights without adapters go below the adapters (LoRA) of a bundle that has them.
+
     Returns:
         The header, and the training tensors that `save_bundle` was given.
 
@@ -92,6 +94,11 @@ def _fill(path: Path, bundle: ModelBundle, weights: dict[str, Tensor]) -> None:
     own = {name: tensor for name, tensor in weights.items() if not name.startswith(TRAINING)}
     if "logit_bias" in own:
         bundle.model.start_temperature(0.0, 0.0)
+    wanted = bundle.model.state_dict()
+    if not any(".base_layer." in name for name in own):
+        adapted = {n.replace(".base_layer.", "."): n for n in wanted if ".base_layer." in n}
+        own = {adapted.get(name, name): tensor for name, tensor in own.items()}
+        own |= {n: tensor for n, tensor in wanted.items() if adapted and ".lora_" in n}
     try:
         bundle.model.load_state_dict(own)
     except RuntimeError as error:

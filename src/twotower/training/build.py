@@ -19,6 +19,7 @@ from twotower.training.inputs import Examined, prepare_inputs
 from twotower.training.loss import LOSSES
 from twotower.training.optim import check_optimizer
 from twotower.training.trainer import Trainer
+from twotower.wandb_files import CHECKPOINTS, local_file
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,19 @@ def start_bundle(config: Config) -> ModelBundle:
     """
     bundle = MODELS.build(config.model)
     if config.train.start_from:
-        load_weights(Path(config.train.start_from), bundle)
+        path = local_file(config.train.start_from, CHECKPOINTS)
+        if not path.is_file():
+            raise ConfigError(f"train.start_from: there is no checkpoint at {path}")
+        load_weights(path, bundle)
     return bundle
 
 
 def examined(source: PairTable, split: str, max_images: int, zeroshot: ZeroShotConfig) -> Examined:
     """The pairs of a split that are measured on, and their classes' prompts."""
-    pairs = source.split(split).with_captions().head(max_images)
+    pairs = source.split(split)
+    if pairs.has_captions() or pairs.classes() is None:
+        pairs = pairs.with_captions()
+    pairs = pairs.head(max_images)
     return Examined(pairs, zeroshot_prompts(zeroshot, source, pairs))
 
 

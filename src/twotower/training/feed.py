@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from twotower.data.pairs import Batch, Collate
 from twotower.data.workers import plain_signals
 from twotower.distributed import rank, world_size
-from twotower.train_config import TrainConfig
+from twotower.train_config import Pairing, TrainConfig
 from twotower.training.gradient import Inputs
 from twotower.training.health import StepClock
 from twotower.training.inputs import TrainingInputs
@@ -38,8 +38,10 @@ class Feed:
     def __init__(
         self, inputs: TrainingInputs, config: TrainConfig, seed: int, device: torch.device
     ) -> None:
-        images, world = len(inputs.train), world_size()
-        check_batch_size(config.batch_size, images, world, config.micro_batch_size)
+        items, world = len(inputs.train), world_size()
+        if config.pairing is Pairing.separate:
+            items = len(torch.unique(inputs.train.owner))  # no batch has an image twice
+        check_batch_size(config.batch_size, items, world, config.micro_batch_size)
         self.inputs, self.config, self.seed, self.device = inputs, config, seed, device
         self.sampler = GlobalBatchSampler(
             inputs.train.owner, config.batch_size, seed, rank(), world, config.pairing

@@ -58,12 +58,12 @@ class Loss:
 
     Attributes:
         initial: (logit_scale as a logarithm, logit_bias); None keeps the model's own, without bias.
-        softmax: whether guessing costs ln N.
+        chance_is_log_n: whether guessing costs the logarithm of the batch size.
     """
 
     terms: RowLoss
     initial: tuple[float, float] | None = None
-    softmax: bool = True
+    chance_is_log_n: bool = False
 
 
 LOSSES: Registry[Loss] = Registry("loss")
@@ -126,7 +126,7 @@ def build_clip_loss(config: LossConfig) -> Loss:
         yield one_way(rows.image, columns.text) / 2
         yield one_way(rows.text, columns.image) / 2
 
-    return Loss(terms=terms)
+    return Loss(terms=terms, chance_is_log_n=config.same_image is not SameImage.positive)
 
 
 @LOSSES.register("siglip", SiglipLossConfig)
@@ -149,7 +149,7 @@ def build_siglip_loss(config: LossConfig) -> Loss:
             losses = losses.masked_fill(same_pairs(rows, columns) & ~matches, 0.0)
         yield losses.sum()
 
-    return Loss(terms=terms, initial=(math.log(10), -10.0), softmax=False)
+    return Loss(terms=terms, initial=(math.log(10), -10.0))
 
 
 @LOSSES.register("soft_target", SoftTargetLossConfig)

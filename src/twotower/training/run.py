@@ -44,10 +44,13 @@ def asked_for(config: Config) -> dict[str, dict[str, object]]:
         "train.": train,
         "evaluate.": {"split": config.evaluate.split, "max_images": config.evaluate.max_images},
     }
-    if config.train.stop_on_forgetting and config.probe.data is not None:
+    decides = config.train.stop_on_forgetting or config.train.wise_ft
+    if (decides or config.train.watch.startswith("probe/")) and config.probe.data is not None:
         source = {"source": config.probe.data.registered_name, **to_plain(config.probe.data)}
         asked["probe."] = {"data": source, "split": config.probe.split}
         asked["probe."] |= {"metric": config.probe.metric, "max_images": config.probe.max_images}
+    if "zeroshot" in config.train.watch + config.probe.metric:
+        asked["zeroshot."] = to_plain(config.zeroshot)
     return asked
 
 
@@ -101,6 +104,12 @@ def decide(config: Config) -> str:
     )
 
 
+def remove_partial(paths: RunPaths) -> None:
+    """Take away what a killed save left beside the checkpoints."""
+    for partial in paths.models.glob(".*.tmp"):
+        partial.unlink(missing_ok=True)
+
+
 def clear(config: Config) -> None:
     """Make room for a run that is ready to start: take away what an earlier one left.
 
@@ -132,14 +141,17 @@ def train_on_rank(config: Config) -> str:
     paths = RunPaths.of(config)
     report = report_path(paths.logs, config)
     decision = on_main(decide, config)
-    if decision == "reuse" and on_main(report.is_file):
+    # A finished run lacks its report or its sweep when it was killed over them.
+    wanted = [report, *([paths.wise_ft] if config.train.wise_ft else [])]
+    if decision == "reuse" and on_main(lambda: all(path.is_file() for path in wanted)):
         return decision
     trainer = build_trainer(config)
     if decision == "start":
         on_main(clear, config)
-    elif decision == "resume":
+    else:
         trainer.resume()
     if decision != "reuse":
+        on_main(remove_partial, paths)
         on_main(record_attempt, paths.models / PROVENANCE, config, decision)
     trainer.state.seconds += time.monotonic() - start
     if decision != "reuse":
@@ -148,18 +160,17 @@ def train_on_rank(config: Config) -> str:
                 source = config.data.registered_name
                 publish_data(online, load_pairs(config.data), source, paths.logs)
             trainer.run(online)
-            if config.train.wise_ft:
-                write_wise_ft(trainer)
             if online is not None:
                 publish_checkpoint(online, paths.best, paths.models.name)
-    # The report is of the best weights, which need not be the last. A finished run lacks it when
-    # it was killed here.
+    if config.train.wise_ft and not on_main(paths.wise_ft.is_file):
+        write_wise_ft(trainer)
+    # The report is of the best weights, which need not be the last.
     load_weights(paths.best, trainer.bundle)
     retrieval, zeroshot = trainer.validator.reports(trainer.inputs.val, config.evaluate.bootstrap)
     if is_main_process():
         seconds = float(read_header(paths.last)["seconds"])
         about = describe(trainer.bundle, paths.best, config, seconds)
-        write_report(report, retrieval.report, zeroshot, **about)
+        write_report(report, retrieval.report if retrieval else None, zeroshot, **about)
     return decision
 
 

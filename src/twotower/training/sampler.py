@@ -19,6 +19,11 @@ def check_batch_size(batch_size: int, images: int, world: int, micro_batch_size:
         ConfigError: it names the nearest sizes that work.
     """
     unit = world * (micro_batch_size or 1)
+    if unit > batch_size and micro_batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size is {micro_batch_size}, more than the {batch_size // world} "
+            f"pairs of train.batch_size={batch_size} that each of {world} processes gets; lower it"
+        )
     if batch_size % unit:
         below = batch_size // unit * unit
         whom = f"{world} processes" if world > 1 else "one process"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twotower.config import BatchNorm
-from twotower.distributed import all_gather_objects, world_size
+from twotower.distributed import all_gather_objects, average_over_ranks, world_size
 from twotower.models.dual_encoder import DualEncoder, DualEncoderOutput
-from twotower.models.locking import apply_batch_norm_policy
+from twotower.models.locking import apply_batch_norm_policy, running_statistics
 from twotower.settings import Diverged
 from twotower.train_config import Precision, TrainConfig
 from twotower.training.average import WeightAverage
@@ -33,7 +33,14 @@ OPTIMIZER, AVERAGE = "optimizer.", "average."  # begin the names of tensors that
 
 
 class StepResult(NamedTuple):
-    """What a step was: its loss (nats), gradient norm before clipping, logit_scale, outputs."""
+    """What a step was.
+
+    Attributes:
+        loss: of the global batch.
+        grad_norm: before clipping.
+        logit_scale: the factor of the cosines.
+        output: this rank's, detached.
+    """
 
     loss: float
     grad_norm: float
@@ -70,13 +77,16 @@ class Stepper:
             enable_grad_checkpointing(model)
         if config.compile:
             compile_towers(model, device)
+        local = batch_norm is BatchNorm.local
+        self.statistics = running_statistics(model) if local else []
         self.optimizer = build_optimizer(model, config)
         self.average = WeightAverage.of(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
         parallel: nn.Module = model
         if world > 1:
             ids = [device.index] if device.type == "cuda" else None
-            parallel = DistributedDataParallel(model, device_ids=ids)
+            # Running statistics are made the same on all ranks after each step instead.
+            parallel = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
         self.gradient = Gradient(
             model=model,
             parallel=parallel,
@@ -103,8 +113,10 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        seen = torch.stack([loss, norm, output.logit_scale])
+        average_over_ranks([seen])
         # One wait for the device a step, before the weights change.
-        value, size, factor = torch.stack([loss, norm, output.logit_scale]).tolist()
+        value, size, factor = seen.tolist()
         # The fp16 scaler skips steps whose gradient is not finite by itself.
         if not (math.isfinite(value) and (math.isfinite(size) or self.scaler.is_enabled())):
             raise Diverged(
@@ -113,6 +125,7 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.clamp_logit_scale()
+        average_over_ranks(self.statistics)
         if self.average is not None:
             self.average.update()
         return StepResult(value, size, factor, output)

@@ -28,7 +28,13 @@ from twotower.training.kept import save_last
 from twotower.training.loss import Loss
 from twotower.training.schedule import Plateau, learning_rate
 from twotower.training.stepper import Stepper
-from twotower.training.validation import Validator, metric, probe_metric, reason_to_end
+from twotower.training.validation import (
+    Validator,
+    has_forgotten,
+    probe_metric,
+    reason_to_end,
+    watched,
+)
 from twotower.training.wise_ft import keep_first
 from twotower.wandb_run import WandbRun
 
@@ -82,8 +88,9 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.state = resume.Progress()
         self.alarm = CollapseAlarm(config, self.total_steps)
-        self._chance = math.log(config.batch_size) if loss.softmax else None
+        self._chance = math.log(config.batch_size) if loss.chance_is_log_n else None
         self._clock = self._saved = time.monotonic()
+        self._saved_step = -1
 
     @property
     def finished(self) -> bool:
@@ -181,11 +188,15 @@ class Trainer:
         state = self.state
         with self.stepper.averaged():
             metrics, measured = self.validator.metrics()
-            watched = metric(metrics, self.config.watch, "train.watch")
-            better = state.observe(watched, self.config.min_change)
+            probe = probe_metric(metrics, self.probe)
+            state.probe = probe if state.probe is None else state.probe
+            value = watched(metrics, self.config)
+            # Weights that have forgotten too much are not the best ones, whatever they gained.
+            forgotten = has_forgotten(state, metrics, self.config, self.probe)
+            better = not forgotten and state.observe(value, self.config.min_change)
             if better and is_main_process():
                 report = {k.removeprefix("val/"): v for k, v in metrics.items() if "val/" in k}
-                about = {**self.about(), "metrics": report, "watched": watched}
+                about = {**self.about(), "metrics": report, "watched": value}
                 save_bundle(self.paths.best, self.bundle, **about)
         state.validated = state.step
         writer.write(state.step, metrics)
@@ -197,7 +208,7 @@ class Trainer:
             recalls(metrics, "val/image_to_text"),
             "  (best so far)" if better else "",
         )
-        if self.config.figures and is_main_process():
+        if self.config.figures and measured and is_main_process():
             draw_figures(
                 measured.features,
                 self.inputs.val.pairs,
@@ -207,17 +218,16 @@ class Trainer:
                 writer,
                 state.step,
             )
-        self.conclude(metrics, watched)
+        self.conclude(metrics, value)
         barrier()
 
-    def conclude(self, metrics: dict[str, float], watched: float) -> None:
+    def conclude(self, metrics: dict[str, float], value: float) -> None:
         """Let a validation change the learning rate, or end the run."""
         state = self.state
-        if self.plateau is not None and self.plateau.observe(watched):
+        if self.plateau is not None and self.plateau.observe(value):
             log.info("the learning rate is lowered to %.3g of its schedule", self.plateau.scale)
         probe = probe_metric(metrics, self.probe)
-        if probe is not None:
-            state.probe = probe if state.probe is None else state.probe
+        if probe is not None and state.probe is not None:
             change = probe - state.probe
             log.info("probe: %s %.1f, %+.1f since the start", self.probe.metric, probe, change)
         reason = reason_to_end(state, metrics, self.config, self.probe)
@@ -240,7 +250,8 @@ class Trainer:
     def save_if_asked(self, stop: resume.StopRequest) -> None:
         """Save when it is time; save and stop after Ctrl-C or SIGTERM; on all ranks."""
         every = self.config.save_steps
-        by_steps = bool(every and self.state.step and self.state.step % every == 0)
+        step = self.state.step
+        by_steps = bool(every and step % every == 0 and step not in (0, self._saved_step))
         signal_number, save = 0, by_steps
         if world_size() == 1 or self.state.step % AGREE_EVERY == 0:
             late = time.monotonic() - self._saved > 60 * self.config.save_minutes
@@ -261,7 +272,7 @@ class Trainer:
             finished = self.finished and self.state.step == self.state.validated
             about |= {"finished": finished, "training": training}
             save_last(self.paths, self.bundle, tensors, about, self.config.keep_last)
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.state.step
         barrier()
 
     def resume(self) -> None:

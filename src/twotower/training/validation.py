@@ -26,26 +26,27 @@ class Validator:
 
     def reports(
         self, where: EvaluationSet, bootstrap: int = 0
-    ) -> tuple[Measured, ZeroShotReport | None]:
-        """Retrieval on a set of pairs, and zero-shot classification where they have classes.
+    ) -> tuple[Measured | None, ZeroShotReport | None]:
+        """Retrieval where there are captions, zero-shot classification where there are classes.
 
         With 95 % intervals of the former from so many resamples.
         """
         model, tokenizer = self.inputs.model, self.inputs.tokenizer
         how = (self.evaluate, self.device, self.precision)
-        measured = measure_pairs(model, where.pairs, where.images, tokenizer, *how, bootstrap)
+        of = (model, where.pairs, where.images, tokenizer)
+        measured = measure_pairs(*of, *how, bootstrap) if where.pairs.has_captions() else None
         if where.prompts is None:
             return measured, None
-        of = (model, where.pairs, where.images, tokenizer, where.prompts)
-        return measured, measure_zeroshot(*of, *how, measured.features)
+        features = measured.features if measured else None
+        return measured, measure_zeroshot(*of, where.prompts, *how, features)
 
-    def measure(self, where: EvaluationSet) -> tuple[dict[str, float], Measured]:
+    def measure(self, where: EvaluationSet) -> tuple[dict[str, float], Measured | None]:
         """The metrics of both by name, and what retrieval was measured on."""
         measured, zeroshot = self.reports(where)
         found = {} if zeroshot is None else zeroshot.metrics
-        return {**measured.report.metrics, **found}, measured
+        return {**(measured.report.metrics if measured else {}), **found}, measured
 
-    def metrics(self) -> tuple[dict[str, float], Measured]:
+    def metrics(self) -> tuple[dict[str, float], Measured | None]:
         """`val/<metric>` of the validation split and `probe/<metric>` of the probe, if any.
 
         With what was measured on the validation split, for figures.
@@ -81,18 +82,36 @@ def probe_metric(metrics: dict[str, float], config: ProbeConfig) -> float | None
     return metric(probe, f"probe/{config.metric}", "probe.metric") if probe else None
 
 
+def watched(metrics: dict[str, float], config: TrainConfig) -> float:
+    """The value that decides the best checkpoint, with the sign that makes more of it better.
+
+    Raises:
+        ConfigError: `train.watch` is not measured.
+    """
+    value = metric(metrics, config.watch, "train.watch")
+    return -value if config.watch.endswith("rank") else value
+
+
+def has_forgotten(
+    state: Progress, metrics: dict[str, float], config: TrainConfig, probe: ProbeConfig
+) -> bool:
+    """Whether the probe has fallen by more than the run allows."""
+    value = probe_metric(metrics, probe)
+    if value is None or state.probe is None or not config.stop_on_forgetting:
+        return False
+    return state.probe - value > config.stop_on_forgetting
+
+
 def reason_to_end(
     state: Progress, metrics: dict[str, float], config: TrainConfig, probe: ProbeConfig
 ) -> str:
     """Why a run should end at this validation; empty if it should not."""
     if config.early_stopping and state.stale >= config.patience:
         return f"{config.watch} has not improved in {state.stale} validations"
-    value = probe_metric(metrics, probe)
-    if value is not None and state.probe is not None and config.stop_on_forgetting:
-        fallen = state.probe - value
-        if fallen > config.stop_on_forgetting:
-            return (
-                f"the probe's {probe.metric} has fallen by {fallen:.1f} points, more than "
-                f"train.stop_on_forgetting={config.stop_on_forgetting:g}"
-            )
+    if has_forgotten(state, metrics, config, probe):
+        fallen = (state.probe or 0.0) - (probe_metric(metrics, probe) or 0.0)
+        return (
+            f"the probe's {probe.metric} has fallen by {fallen:.1f} points, more than "
+            f"train.stop_on_forgetting={config.stop_on_forgetting:g}"
+        )
     return ""
