@@ -35,6 +35,7 @@ def main() -> None:
     """Print both tables, or measure one cell (`--cell`, called by the former)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--tables", nargs="+", default=("loss", "step"), choices=("loss", "step"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; medians are printed")
     parser.add_argument("--limit", type=float, default=300, help="seconds a cell may take")
@@ -45,7 +46,7 @@ def main() -> None:
         measure(kind, whose, int(size), options.device, options.rounds)
         return
     write(f"{os.cpu_count()} cores, device {options.device}, dim {DIM}, fp32\n")
-    for kind in ("loss", "step"):
+    for kind in options.tables:
         write(f"\n{kind:>8} {'open_clip':>24} {'twotower':>24} {'memory':>8} {'time':>6}\n")
         for size in options.sizes:
             cells = {
