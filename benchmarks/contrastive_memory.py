@@ -78,17 +78,23 @@ def ratio(cells: dict[str, dict[str, float] | str]) -> str:
     return f"{ours['mib'] / theirs['mib']:>8.3f} {ours['seconds'] / theirs['seconds']:>6.2f}"
 
 
-def run_cell(kind: str, whose: str, size: int, device: str, rounds: int) -> dict[str, float] | None:
-    """One measurement in a process of its own; None where memory does not suffice."""
-    command = [sys.executable, __file__, "--device", device, "--rounds", str(rounds)]
-    done = subprocess.run(
-        [*command, "--cell", kind, whose, str(size)], capture_output=True, text=True, check=False
-    )
+def run_cell(
+    kind: str, whose: str, size: int, options: argparse.Namespace
+) -> dict[str, float] | str:
+    """One measurement in a process of its own; why there is none where there is none."""
+    command = [sys.executable, __file__, "--device", options.device]
+    command += ["--rounds", str(options.rounds), "--cell", kind, whose, str(size)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=options.limit
+        )
+    except subprocess.TimeoutExpired:
+        return f"over {options.limit:g} s"
     if done.returncode == 0:
         cell: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return cell
     if "emory" in done.stderr or done.returncode < 0:
-        return None
+        return "does not fit"
     raise SystemExit(done.stderr)
 
 

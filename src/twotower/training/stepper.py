@@ -85,8 +85,7 @@ class Stepper:
         parallel: nn.Module = model
         if world > 1:
             ids = [device.index] if device.type == "cuda" else None
-            # Running statistics are made the same on all ranks after each step instead.
-            parallel = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            parallel = DistributedDataParallel(model, device_ids=ids)
         self.gradient = Gradient(
             model=model,
             parallel=parallel,
