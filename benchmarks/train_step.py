@@ -26,9 +26,10 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from twotower.checkpoint.clip import Architecture
-from twotower.config import BatchNorm
 from twotower.data.pairs import Collate, Sample
-from twotower.models.openai_clip import OpenAITokenizer, build_towers, load_openai_weights
+from twotower.model_config import BatchNorm
+from twotower.models.openai_clip import build_towers, load_openai_weights
+from twotower.models.openai_tokenizer import OpenAITokenizer
 from twotower.models.preprocess import OPENAI_MEAN, OPENAI_STD, ImageInput
 from twotower.train_config import Precision, TrainConfig
 from twotower.training.gradient import Inputs

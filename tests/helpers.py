@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor, nn
 
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, PixelNorm, Tower
 
 

@@ -9,7 +9,8 @@ import pytest
 from tests.helpers import run_ranks
 from twotower import distributed
 from twotower.config import DistributedConfig
-from twotower.distributed import Stopped, launch, on_main, shard_range
+from twotower.distributed import Stopped, on_main, shard_range
+from twotower.launch import launch
 from twotower.settings import ConfigError, Diverged
 
 TWO = DistributedConfig(nproc_per_node=2, num_threads=1, oversubscribe=True)

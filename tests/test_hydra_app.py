@@ -11,10 +11,11 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from twotower.config import Config, ModelConfig
+from twotower.config import Config
 from twotower.data import DATASETS
 from twotower.hydra_app import compose, log_dir
 from twotower.hydra_errors import refusal, sentence
+from twotower.model_config import ModelConfig
 from twotower.models import MODELS
 from twotower.retrieval import INDEXES
 from twotower.runs import logs_path

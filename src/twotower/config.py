@@ -11,11 +11,12 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
+from twotower.encode_config import EncodeConfig
+from twotower.model_config import ModelConfig
 from twotower.settings import Choice, ConfigError, Section, setting
-from twotower.train_config import LossConfig, Precision, TrainConfig
+from twotower.train_config import LossConfig, TrainConfig
 
 MAX_SEED = 2**32 - 1  # the largest that every library takes
-ALL = -1  # every stage of an encoder is trained
 
 
 class Device(enum.Enum):
@@ -24,28 +25,6 @@ class Device(enum.Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class StoreDtype(enum.Enum):
-    """What an embedding store holds."""
-
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class Rows(enum.Enum):
-    """What one row of an embedding store is."""
-
-    images = "images"
-    pairs = "pairs"
-
-
-class BatchNorm(enum.Enum):
-    """What the batch norms of a trainable tower normalise by."""
-
-    frozen = "frozen"
-    sync = "sync"
-    local = "local"
 
 
 class ExportFormat(enum.Enum):
@@ -62,54 +41,6 @@ class Metric(enum.Enum):
 
     cosine = "cosine"
     ip = "ip"
-
-
-@dataclass(kw_only=True)
-class ModelConfig(Choice):
-    """What every variant shares; a variant's own fields are in `models/<name>.py`."""
-
-    section: ClassVar[str] = "model"
-
-    batch_norm: BatchNorm = setting(
-        BatchNorm.frozen,
-        "batch norms of a trained tower: frozen (statistics kept), sync (over ranks) or local",
-    )
-    crop_min_scale: float = setting(
-        0.9, "smallest share of a picture's area that a random training crop keeps", gt=0, le=1
-    )
-    flip: bool = setting(False, "mirror every second training picture")
-
-
-@dataclass(kw_only=True)
-class PretrainedConfig(ModelConfig):
-    """What the variants with pretrained encoders share: what of them is trained, and how."""
-
-    image_unlocked_stages: int = setting(
-        ALL, "last stages of the image encoder that are trained; -1 is all, 0 none", ge=ALL
-    )
-    text_unlocked_stages: int = setting(
-        ALL, "last stages of the text encoder that are trained; -1 is all, 0 none", ge=ALL
-    )
-    lora_rank: int = setting(
-        0,
-        "rank of adapters (LoRA) that are trained in the unlocked stages' place; 0 trains those",
-        ge=0,
-    )
-    lora_alpha: int = setting(16, "adapters count alpha / rank times", ge=1)
-    lora_dropout: float = setting(0.0, "dropout in front of the adapters", ge=0, lt=1)
-    lora_targets: list[str] = setting(
-        [],
-        "ends of the names of layers that get adapters; empty is every linear layer and 1x1 "
-        "convolution (of OpenAI's transformers, whose attention is fused: those of the MLPs)",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_rank and self.image_unlocked_stages == self.text_unlocked_stages == 0:
-            raise ConfigError(
-                f"model.lora_rank={self.lora_rank} adapts unlocked stages, but both encoders are "
-                "locked; use model.image_unlocked_stages=-1 or model.text_unlocked_stages=-1"
-            )
 
 
 @dataclass(kw_only=True)
@@ -225,25 +156,6 @@ class ProbeConfig(Section):
     split: str = setting("val", "split of it to measure on")
     max_images: int = setting(0, "measure on the first so many of its images; 0 is all", ge=0)
     metric: str = setting("mean_recall", "watched metric, as text_to_image_R@10 or zeroshot_top1")
-
-
-@dataclass(kw_only=True)
-class EncodeConfig(Section):
-    """The export of embeddings."""
-
-    section: ClassVar[str] = "encode"
-
-    output: str = setting("", "store folder; by default models/<run.name>/store")
-    split: str = setting("", "split to encode; empty is every image")
-    rows: Rows = setting(Rows.images, "images: one row an image; pairs: one row a caption")
-    images: bool = setting(True, "write image embeddings")
-    texts: bool = setting(True, "write caption embeddings where there are captions")
-    dtype: StoreDtype = setting(StoreDtype.fp16, "fp16 or fp32")
-    precision: Precision = setting(Precision.fp32, "what the towers compute in: fp32, bf16 or fp16")
-    batch_size: int = setting(64, "rows a forward pass", ge=1)
-    shard_rows: int = setting(65536, "source rows a shard file", ge=1)
-    num_workers: int = setting(0, "processes a rank that load images", ge=0)
-    overwrite: bool = setting(False, "encode a finished store anew")
 
 
 @dataclass(kw_only=True)

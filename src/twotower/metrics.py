@@ -133,6 +133,11 @@ def median_rank(ranks: Tensor) -> float:
     return float(np.median(asked.numpy())) if len(asked) else float("nan")
 
 
+def signed(name: str, value: float) -> float:
+    """A metric's value, or a change of it, so that more is better: ranks count negative."""
+    return -value if name.endswith("rank") else value
+
+
 def retrieval_metrics(
     to_image: Tensor, to_text: Tensor, ks: Sequence[int] = KS
 ) -> dict[str, float]:

@@ -162,6 +162,12 @@ class TrainConfig(Section):
     cache_features: bool = setting(
         True, "compute the features of a locked tower once and reuse them"
     )
+    cached_views: int = setting(
+        1,
+        "random crops of each training picture whose features a locked image tower reuses; "
+        "1 is the picture as it is evaluated",
+        ge=1,
+    )
     save_minutes: float = setting(10.0, "minutes between two saves inside an epoch", gt=0)
     save_steps: int = setting(0, "steps between two saves; 0 saves by minutes alone", ge=0)
     keep_last: int = setting(1, "newest checkpoints kept beside the best", ge=1)

@@ -10,10 +10,12 @@ import pytest
 from tests.embedding.parts import ONE_THREAD, bundle_of
 from tests.helpers import write_pictures
 from twotower.commands.encode import run
-from twotower.config import Config, EncodeConfig, FreeText, IndexConfig, ModelConfig, RunConfig
+from twotower.config import Config, FreeText, IndexConfig, RunConfig
 from twotower.data.folder import CaptionsFrom, FolderConfig
 from twotower.embedding import encoder
 from twotower.embedding.store import EmbeddingStore
+from twotower.encode_config import EncodeConfig
+from twotower.model_config import ModelConfig
 from twotower.settings import ConfigError
 from twotower.train_config import LossConfig
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from twotower.commands.info import run
-from twotower.config import Config, DataConfig, FreeText, IndexConfig, ModelConfig, RunConfig
+from twotower.config import Config, DataConfig, FreeText, IndexConfig, RunConfig
 from twotower.machine import describe, table
+from twotower.model_config import ModelConfig
 from twotower.train_config import LossConfig
 
 

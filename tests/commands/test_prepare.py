@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from twotower.commands import prepare
-from twotower.config import Config, FreeText, IndexConfig, ModelConfig, RunConfig
+from twotower.config import Config, FreeText, IndexConfig, RunConfig
 from twotower.data.synthetic import SyntheticConfig
+from twotower.model_config import ModelConfig
 from twotower.models import backbones
 from twotower.settings import ConfigError
 from twotower.train_config import LossConfig

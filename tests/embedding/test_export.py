@@ -24,7 +24,6 @@ from tests.embedding.parts import (
     run_jobs,
 )
 from tests.helpers import run_ranks
-from twotower.config import EncodeConfig, Rows, StoreDtype
 from twotower.data.pairs import PairTable
 from twotower.distributed import Stopped
 from twotower.embedding import encoder
@@ -33,6 +32,7 @@ from twotower.embedding.export import export
 from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.work import ExportJob, ExportResult
 from twotower.embedding.writer import StoreWriter
+from twotower.encode_config import EncodeConfig, Rows, StoreDtype
 from twotower.settings import ConfigError
 
 SETTINGS = EncodeConfig(shard_rows=SHARD_ROWS, batch_size=BATCH)

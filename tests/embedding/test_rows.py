@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import Rows
 from twotower.data.pairs import Pair, PairTable
 from twotower.embedding.rows import RowGrid, fingerprint, has_captions
+from twotower.encode_config import Rows
 
 CAPTIONS = [["a", "b"], [], ["c"], ["d", "e", "f"], []]
 

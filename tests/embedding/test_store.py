@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.embedding.parts import ONE_THREAD, UNREADABLE
-from twotower.config import EncodeConfig, Rows
 from twotower.data.pairs import PairTable
 from twotower.embedding import layout, writer
 from twotower.embedding.export import export
 from twotower.embedding.store import EmbeddingStore
+from twotower.encode_config import EncodeConfig, Rows
 from twotower.settings import ConfigError
 
 SETTINGS = EncodeConfig(shard_rows=16, batch_size=5, rows=Rows.pairs)

@@ -17,6 +17,7 @@ from twotower.config import EvaluateConfig
 from twotower.data.pairs import Pair, PairTable
 from twotower.drawing import default_font, line_height, wrap
 from twotower.evaluation import figures
+from twotower.evaluation.features import PairFeatures
 from twotower.evaluation.figures import draw_figures, draw_matches, draw_matrix, match_table
 from twotower.evaluation.matches import (
     choose_captions,
@@ -24,7 +25,6 @@ from twotower.evaluation.matches import (
     distinct_pairs,
     find_matches,
 )
-from twotower.evaluation.retrieval import PairFeatures
 from twotower.settings import ConfigError
 from twotower.tracking import MetricWriter
 

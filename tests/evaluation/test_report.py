@@ -11,11 +11,12 @@ import torch
 
 from tests.helpers import tiny_bundle, write_pictures
 from twotower.config import Config
-from twotower.data.pairs import Pair, PairTable
+from twotower.data.pairs import Pair, PairTable, load_pairs
 from twotower.evaluation import report as module
+from twotower.evaluation.features import PictureInputs
 from twotower.evaluation.prompts import Prompts
-from twotower.evaluation.report import data_fingerprint, describe, evaluate, measured_pairs
-from twotower.evaluation.retrieval import PictureInputs, measure_retrieval
+from twotower.evaluation.report import data_fingerprint, describe, evaluate
+from twotower.evaluation.retrieval import measure_pairs
 from twotower.evaluation.zeroshot import measure_zeroshot
 from twotower.hydra_app import compose
 from twotower.models.saved import save_bundle
@@ -61,10 +62,10 @@ def test_evaluate_writes_what_it_measured_and_on_what(
     chosen = config(tmp_path, manifest, f"checkpoint={checkpoint}")
     evaluate(chosen)
     written = json.loads((tmp_path / "logs/r/evaluate/manifest-val.json").read_text())
-    bundle, pairs = tiny_bundle(), measured_pairs(chosen)
+    bundle, pairs = tiny_bundle(), load_pairs(chosen.data).split("val").with_captions()
     inputs = PictureInputs(pairs, bundle.eval_transform)
     cpu = torch.device("cpu")
-    expected = measure_retrieval(
+    expected, _ = measure_pairs(
         bundle.model, pairs, inputs, bundle.tokenizer, chosen.evaluate, cpu, bootstrap=20
     )
     assert {key: written[key] for key in expected.to_json()} == json.loads(
@@ -119,10 +120,8 @@ def test_the_fingerprint_is_of_paths_and_captions_and_not_of_the_place(
     others.append(PairTable(renamed, tmp_path))
     assert data_fingerprint(others[1]) == data_fingerprint(others[2])
     assert data_fingerprint(pairs) not in {data_fingerprint(other) for other in others}
-    chosen = config(tmp_path, manifest)
-    loaded = describe(tiny_bundle(), Path("x"), chosen, 0.0)
-    given = describe(tiny_bundle(), Path("x"), chosen, 0.0, measured_pairs(chosen))
-    assert loaded == given
+    about = describe(tiny_bundle(), Path("x"), config(tmp_path, manifest), 0.0, pairs)
+    assert about["data_fingerprint"] == data_fingerprint(pairs)
 
 
 def test_a_place_that_cannot_be_written_gets_a_sentence(
@@ -161,7 +160,7 @@ def test_pictures_with_classes_are_classified_too(
     )
     evaluate(chosen)
     written = json.loads((tmp_path / "logs/r/evaluate/manifest-val.json").read_text())
-    bundle, pairs = tiny_bundle(), measured_pairs(chosen)
+    bundle, pairs = tiny_bundle(), load_pairs(chosen.data).split("val").with_captions()
     prompts = Prompts(
         labels=("blue", "green", "red"),  # of all splits, so that chance is a third
         words=("blue", "green", "red"),

@@ -10,8 +10,8 @@ from tests.export.parts import TEXTS, export, features, random_images
 from tests.models.tiny import ODD, RESNET, bert_config, clip_bundle
 from twotower.export.tokenizers import openai_tokenizer
 from twotower.models.dual_encoder import MODELS
-from twotower.models.openai_clip import OpenAITokenizer
 from twotower.models.openai_finetune import OpenaiFinetuneConfig
+from twotower.models.openai_tokenizer import OpenAITokenizer
 from twotower.settings import ConfigError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 from tests.models.tiny import bert_config, write_bert
-from twotower.config import BatchNorm
+from twotower.model_config import BatchNorm
 from twotower.models.bert_resnet import BertResnetConfig, HeadKind
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.huggingface_text import Pooling

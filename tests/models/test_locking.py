@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from twotower.config import BatchNorm
+from twotower.model_config import BatchNorm
 from twotower.models.locking import (
     apply_batch_norm_policy,
     keep_in_evaluation,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip
 from twotower.checkpoint.openai import write_openai
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.models.clip_weights import clip_of, read_clip
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle, PixelNorm, Tower
 from twotower.models.lora import add_adapters, merge_adapters

@@ -11,11 +11,11 @@ from tests.models.tiny import RESNET, VIT, make_clip
 from twotower.checkpoint.clip import Architecture, infer_architecture
 from twotower.models.openai_clip import (
     ARCHITECTURES,
-    OpenAITokenizer,
     build_towers,
     from_openai_names,
     to_openai_names,
 )
+from twotower.models.openai_tokenizer import OpenAITokenizer
 from twotower.models.preprocess import OPENAI_MEAN, OPENAI_STD, ImageInput
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twotower.config import BatchNorm
+from twotower.model_config import BatchNorm
 from twotower.models.dual_encoder import MODELS
 from twotower.models.openai_pretrain import OpenaiPretrainConfig
 from twotower.settings import ConfigError

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.models.preprocess import EvalTransform, ImageInput, Interpolation, TrainTransform
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip
 from twotower.checkpoint.openai import write_openai
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.models.bert_resnet import HeadKind
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.huggingface_text import Pooling

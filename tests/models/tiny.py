@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from twotower.checkpoint.clip import Architecture
-from twotower.config import BatchNorm
+from twotower.model_config import BatchNorm
 from twotower.models.bert_resnet import BertResnetConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle
 from twotower.models.openai_clip import build_bundle, build_towers

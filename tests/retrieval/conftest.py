@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import tiny_bundle, write_pictures
-from twotower.config import (
-    Config,
-    DataConfig,
-    DistributedConfig,
-    EncodeConfig,
-    ModelConfig,
-    RunConfig,
-)
+from twotower.config import Config, DataConfig, DistributedConfig, RunConfig
 from twotower.data.pairs import Pair, PairTable
 from twotower.embedding import encoder
 from twotower.embedding.export import export
 from twotower.embedding.store import EmbeddingStore
+from twotower.encode_config import EncodeConfig
+from twotower.model_config import ModelConfig
 from twotower.models.dual_encoder import ModelBundle
 from twotower.retrieval.exact import ExactConfig
 from twotower.train_config import LossConfig

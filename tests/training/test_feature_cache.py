@@ -5,11 +5,15 @@ import torch
 from torch import nn
 
 from tests.helpers import tiny_bundle, write_pictures
-from twotower.data.pairs import Pair, PairTable
+from twotower.data.images import decode_image
+from twotower.data.pairs import Pair, PairTable, drawn
+from twotower.evaluation.examined import Examined
 from twotower.models.dual_encoder import PixelNorm
 from twotower.models.huggingface_text import HuggingFaceText, Pooling
+from twotower.models.preprocess import TrainTransform
 from twotower.train_config import Precision, TrainConfig
 from twotower.training.feature_cache import caption_features, fingerprint, image_features
+from twotower.training.inputs import prepare_inputs
 
 CPU = torch.device("cpu")
 
@@ -44,6 +48,32 @@ def test_what_changes_the_features_changes_the_key(pairs, tmp_path):
     write_pictures(pairs.root, 6, size=30)
     image_features(bundle, pairs, config, CPU, tmp_path)
     assert len(list(tmp_path.glob("images-*"))) == 4
+
+
+def test_views_are_random_crops_that_every_run_shares(pairs, tmp_path):
+    bundle, config = tiny_bundle(locked=True), TrainConfig(cached_views=3)
+    bundle.train_transform = TrainTransform(16, min_scale=0.2, flip=True)
+    trunk, folder = bundle.model.image_tower.trunk, tmp_path / "cache"
+    views = [image_features(bundle, pairs, config, CPU, folder, view)[1] for view in range(3)]
+    for view, features in enumerate(views):
+        pictures = [
+            drawn(bundle.train_transform, decode_image(pairs.path(row)), f"view/{view}/{row}")
+            for row in range(len(pairs))
+        ]
+        torch.testing.assert_close(features, trunk(torch.stack(pictures)))
+    assert not torch.allclose(views[0], views[1])
+
+    inputs = prepare_inputs(bundle, pairs, Examined(pairs), config, 7, CPU, folder)
+    assert len(list(folder.glob("images-*"))) == 4  # three views, and the pictures as evaluated
+    brought = set()
+    for epoch in range(40):
+        inputs.train.set_epoch(epoch)
+        (found,) = [n for n in range(3) if torch.equal(inputs.train[4].image, views[n][4])]
+        brought.add(found)
+    assert brought == {0, 1, 2}
+    assert torch.equal(
+        inputs.val.images[4], image_features(bundle, pairs, config, CPU, folder)[1][4]
+    )
 
 
 def test_pooling_and_activation_are_in_the_fingerprint():

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers import HashTokenizer, run_ranks
 from twotower import distributed
-from twotower.config import BatchNorm
+from twotower.model_config import BatchNorm
 from twotower.models.dual_encoder import DualEncoder, Tower
 from twotower.models.locking import apply_batch_norm_policy
 from twotower.train_config import Precision, TrainConfig

@@ -86,7 +86,7 @@ def folder_of_classes(folder):
     return folder / "classes"
 
 
-def test_a_probe_is_measured_and_ends_the_run_when_it_is_forgotten(ask, tmp_path, caplog):
+def test_a_probe_is_measured_and_the_ends_of_wise_ft_are_those_validations(ask, tmp_path, caplog):
     caplog.set_level("INFO")
     probe = [*FOLDER, f"probe.data.folder={folder_of_classes(tmp_path)}"]
     config = ask(*probe, "probe.metric=zeroshot_top1", "train.epochs=1", "train.wise_ft=true")
@@ -121,7 +121,7 @@ def test_forgetting_ends_the_run_at_the_first_validation_below(ask, tmp_path, mo
     )
     train(config)
     assert [r["probe/mean_recall"] for r in validations(config)] == [60.0, 58.0, 54.9]
-    assert "has fallen by 5.1 points, more than train.stop_on_forgetting=5" in caplog.text
+    assert "is worse by 5.1 points, more than train.stop_on_forgetting=5" in caplog.text
 
 
 def test_forgetting_needs_a_probe(ask):

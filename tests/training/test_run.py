@@ -59,7 +59,7 @@ def test_a_run_leaves_checkpoints_and_a_report_of_the_best(trained):
 
 def test_a_finished_run_is_reused(trained, monkeypatch):
     before = contents(trained)
-    monkeypatch.setattr(run, "build_trainer", lambda config: pytest.fail("it trains again"))
+    monkeypatch.setattr(run, "build_trainer", lambda *_: pytest.fail("it trains again"))
     train(trained)
     train(again(trained, num_workers=3, log_every=2))  # neither decides the result
     assert contents(trained) == before

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.helpers import tiny_bundle
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip, write_bert
-from twotower.config import BatchNorm
+from twotower.model_config import BatchNorm
 from twotower.models.dual_encoder import MODELS, DualEncoder
 from twotower.models.locking import apply_batch_norm_policy
 from twotower.settings import ConfigError

@@ -119,7 +119,8 @@ class ImageTextDataset(Dataset[Sample]):
             row = int(self.owner[candidate])
             path = self.pairs.path(row)
             try:
-                image = self._augmented(decode_image(path), candidate)
+                name = f"image/{self.seed}/{self.epoch}/{candidate}"
+                image = drawn(self.transform, decode_image(path), name)
             except UnreadableImage as error:
                 passed_over.append(Unreadable(str(path), str(error)))
                 continue
@@ -133,16 +134,6 @@ class ImageTextDataset(Dataset[Sample]):
         """The caption that an item brings in this epoch."""
         return self.draw_caption(item) if self.captions is None else self.captions[item]
 
-    def _augmented(self, image: Image, item: int) -> Tensor:
-        """The transform with random numbers of its own, drawn by seed, epoch and item.
-
-        So a picture looks the same whichever worker or rank loads it, and in a resumed run.
-        """
-        with torch.random.fork_rng(devices=[]):
-            seed = random.Random(f"image/{self.seed}/{self.epoch}/{item}").getrandbits(63)
-            torch.default_generator.manual_seed(seed)
-            return self.transform(image)
-
     def draw_caption(self, row: int) -> str:
         """The caption of a row in this epoch; an image without captions has the empty one."""
         captions = self.pairs.captions(row)
@@ -155,6 +146,16 @@ def caption_number(caption: str) -> int:
     """A number of 63 bits that identical captions share, whichever process asks."""
     digest = hashlib.blake2b(caption.strip().casefold().encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def drawn(transform: Callable[[Image], Tensor], image: Image, name: str) -> Tensor:
+    """A random transform of a picture, with random numbers of its own that the name decides.
+
+    So a picture looks the same whichever worker or rank loads it, and in a resumed run.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
+        return transform(image)
 
 
 def trim_padding(tokens: Tensor, pad_id: int) -> Tensor:

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 from twotower.checkpoint.native import file_sha256
-from twotower.config import DistributedConfig, EncodeConfig, Rows
+from twotower.config import DistributedConfig
 from twotower.data.pairs import PairTable
-from twotower.distributed import launch, resolve_device
+from twotower.distributed import resolve_device
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.rows import fingerprint, has_captions
 from twotower.embedding.work import ExportJob, ExportResult, run_export
 from twotower.embedding.writer import beside, restore
+from twotower.encode_config import EncodeConfig, Rows
+from twotower.launch import launch
 from twotower.settings import ConfigError
 
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.config import Rows
 from twotower.data.pairs import PairTable
 from twotower.embedding.layout import IntArray
+from twotower.encode_config import Rows
 
 _OWN = ("image_path", "caption", "captions", "row_id", "source_row", "image_id", "split")
 

@@ -16,7 +16,7 @@ from types import FrameType
 import numpy as np
 import torch
 
-from twotower.config import DistributedConfig, EncodeConfig
+from twotower.config import DistributedConfig
 from twotower.console import ProgressLine, progress
 from twotower.data.pairs import PairTable
 from twotower.distributed import (
@@ -33,6 +33,7 @@ from twotower.embedding.layout import FloatRows, Manifest
 from twotower.embedding.pictures import PictureBatch, batches_of, picture_batches
 from twotower.embedding.rows import RowGrid, Slots
 from twotower.embedding.writer import InputError, StoreWriter, replace_store
+from twotower.encode_config import EncodeConfig
 
 log = logging.getLogger(__name__)
 

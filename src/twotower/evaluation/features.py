@@ -15,15 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from twotower.config import EvaluateConfig
 from twotower.console import ProgressLine
 from twotower.data.images import UnreadableImage, decode_image
-from twotower.data.pairs import PairTable
+from twotower.data.pairs import PairTable, drawn
 from twotower.data.workers import plain_signals
-from twotower.distributed import (
-    all_gather_objects,
-    is_main_process,
-    rank,
-    shard_range,
-    world_size,
-)
+from twotower.distributed import all_gather_objects, is_main_process, rank, shard_range, world_size
 from twotower.models.dual_encoder import DualEncoder
 from twotower.settings import ConfigError
 from twotower.train_config import Precision
@@ -44,6 +38,20 @@ class PictureInputs(Dataset["Tensor | None"]):
             return self.transform(decode_image(self.pairs.path(row)))
         except UnreadableImage:
             return None
+
+
+@dataclass(frozen=True)
+class PictureViews(PictureInputs):
+    """The same through a random transform: of each picture the view of this number."""
+
+    view: int
+
+    def __getitem__(self, row: int) -> Tensor | None:
+        try:
+            picture = decode_image(self.pairs.path(row))
+        except UnreadableImage:
+            return None
+        return drawn(self.transform, picture, f"view/{self.view}/{row}")
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,12 @@ from twotower.checkpoint.native import read_header
 from twotower.config import Config
 from twotower.console import print_table, say
 from twotower.data.pairs import PairTable, load_pairs
-from twotower.distributed import is_main_process, launch, resolve_device
-from twotower.evaluation.prompts import zeroshot_prompts
-from twotower.evaluation.retrieval import (
-    PairFeatures,
-    PictureInputs,
-    RetrievalReport,
-    measure_pairs,
-)
+from twotower.distributed import is_main_process, resolve_device
+from twotower.evaluation.examined import examined
+from twotower.evaluation.features import PairFeatures, PictureInputs
+from twotower.evaluation.retrieval import RetrievalReport, measure_pairs
 from twotower.evaluation.zeroshot import ZeroShotReport, measure_zeroshot
+from twotower.launch import launch
 from twotower.metrics import KS
 from twotower.models.dual_encoder import ModelBundle
 from twotower.models.saved import load_bundle
@@ -63,21 +60,6 @@ def zeroshot_table(report: ZeroShotReport) -> Table:
     return table
 
 
-def measured_pairs(config: Config, source: PairTable | None = None) -> PairTable:
-    """The images that the evaluate section measures on, out of all of the `source`.
-
-    Those without captions are left out, unless none has and zero-shot classification is possible.
-
-    Raises:
-        ConfigError: the source or the split is missing, or has neither captions nor classes.
-    """
-    whole = load_pairs(config.data) if source is None else source
-    pairs = whole.split(config.evaluate.split)
-    if pairs.has_captions() or pairs.classes() is None:
-        pairs = pairs.with_captions()
-    return pairs.head(config.evaluate.max_images)
-
-
 def data_fingerprint(pairs: PairTable) -> str:
     """12 hex digits of SHA-256 over the images' file paths and captions, wherever they lie."""
     digest = hashlib.sha256()
@@ -101,16 +83,14 @@ def evaluate_checkpoint(config: Config, checkpoint: Path) -> Evaluation:
     Raises:
         ConfigError: the checkpoint or the split is missing, or a class list does not fit the data.
     """
-    device = resolve_device(config.distributed)
-    source = load_pairs(config.data)
-    pairs = measured_pairs(config, source)
-    prompts = zeroshot_prompts(config.zeroshot, source, pairs)
+    device, how = resolve_device(config.distributed), config.evaluate
+    of = examined(load_pairs(config.data), how.split, how.max_images, config.zeroshot)
+    pairs, prompts = of.pairs, of.prompts
     bundle = load_bundle(checkpoint)
     model, tokenizer = bundle.model.to(device), bundle.tokenizer
     inputs = PictureInputs(pairs, bundle.eval_transform)
     retrieval, zeroshot = None, None
     features: PairFeatures | None = None
-    how = config.evaluate
     if pairs.has_captions() or prompts is None:
         measured = measure_pairs(
             model, pairs, inputs, tokenizer, how, device, bootstrap=how.bootstrap
@@ -131,12 +111,9 @@ def describe(
     checkpoint: Path,
     config: Config,
     train_seconds: float,
-    pairs: PairTable | None = None,
+    pairs: PairTable,
 ) -> dict[str, Any]:
-    """What a report is about: variant, parameters, seconds of training, data, split.
-
-    `pairs` are the measured images; without them they are loaded anew, for their fingerprint.
-    """
+    """What a report is about: variant, parameters, seconds of training, the measured `pairs`."""
     return {
         "checkpoint": str(checkpoint),
         "variant": bundle.config.registered_name,
@@ -145,7 +122,7 @@ def describe(
         "data": config.data.registered_name,
         "split": config.evaluate.split or "all",
         "max_images": config.evaluate.max_images,
-        "data_fingerprint": data_fingerprint(measured_pairs(config) if pairs is None else pairs),
+        "data_fingerprint": data_fingerprint(pairs),
     }
 
 

@@ -16,29 +16,9 @@ from twotower import metrics
 from twotower.config import EvaluateConfig
 from twotower.data.pairs import PairTable
 from twotower.distributed import rank, shard_range, world_size
-from twotower.evaluation.features import (
-    FeatureInputs,
-    PairFeatures,
-    PictureInputs,
-    autocast,
-    gathered,
-    pair_features,
-)
+from twotower.evaluation.features import PairFeatures, gathered, pair_features
 from twotower.models.dual_encoder import DualEncoder
 from twotower.train_config import Precision
-
-__all__ = [
-    "FeatureInputs",
-    "Measured",
-    "PairFeatures",
-    "PictureInputs",
-    "RetrievalReport",
-    "autocast",
-    "measure_pairs",
-    "measure_retrieval",
-    "pair_features",
-    "rank_pairs",
-]
 
 log = logging.getLogger(__name__)
 
@@ -106,19 +86,3 @@ def measure_pairs(
         unreadable=features.unreadable,
     )
     return Measured(report, features)
-
-
-def measure_retrieval(
-    model: DualEncoder,
-    pairs: PairTable,
-    inputs: Dataset[Tensor | None],
-    tokenizer: Callable[[Sequence[str]], Tensor],
-    config: EvaluateConfig,
-    device: torch.device,
-    precision: Precision = Precision.fp32,
-    bootstrap: int = 0,
-) -> RetrievalReport:
-    """The report of `measure_pairs`."""
-    return measure_pairs(
-        model, pairs, inputs, tokenizer, config, device, precision, bootstrap
-    ).report

@@ -6,7 +6,7 @@ from typing import Any
 
 from twotower.models.dual_encoder import Tokenizer
 from twotower.models.huggingface_text import HuggingFaceTokenizer
-from twotower.models.openai_clip import byte_pairs
+from twotower.models.openai_tokenizer import byte_pairs
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from twotower.config import BatchNorm, PretrainedConfig
+from twotower.model_config import BatchNorm, PretrainedConfig
 from twotower.models.dual_encoder import MODELS, DualEncoder, ModelBundle, Tower
 from twotower.models.huggingface_text import Pooling, load_text, rebuild_text
 from twotower.models.locking import (

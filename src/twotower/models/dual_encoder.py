@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.registry import Registry
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5

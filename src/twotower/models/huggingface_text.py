@@ -63,25 +63,16 @@ class HuggingFaceTokenizer:
 
 
 class HuggingFaceText(nn.Module):
-    """Token ids (B, L) -> features (B, width): an encoder's last layer, pooled.
-
-    Attributes:
-        trim_padding: leave out the columns that are padding in every row: several times faster on
-            short captions, equal up to the last digits, which then depend on the other rows.
-    """
+    """Token ids (B, L) -> features (B, width): an encoder's last layer, pooled."""
 
     def __init__(self, encoder: nn.Module, pooling: Pooling, pad_id: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.pooling = pooling
         self.pad_id = pad_id
-        self.trim_padding = False
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = tokens != self.pad_id
-        if self.trim_padding:
-            longest = int(mask.sum(1).amax())
-            tokens, mask = tokens[:, :longest], mask[:, :longest]
         output = self.encoder(input_ids=tokens, attention_mask=mask.to(torch.int64))
         features: Tensor = output.last_hidden_state  # (B, L, width)
         if self.pooling is Pooling.cls:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from twotower.config import ALL, BatchNorm
 from twotower.distributed import is_main_process
+from twotower.model_config import ALL, BatchNorm
 from twotower.models.stages import encoder_stages
 from twotower.settings import ConfigError
 
@@ -81,9 +81,9 @@ def trainable_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The means and variances of the batch norms that are trained, in a fixed order."""
-    norms = [getattr(parent, name) for parent, name in trainable_batch_norms(model)]
-    return [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
+    """What a forward pass in training changes: means, variances and counters of batch norms."""
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 def apply_batch_norm_policy(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.config import PretrainedConfig
+from twotower.model_config import PretrainedConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.models.locking import keep_locked_parts_in_evaluation
 from twotower.settings import ConfigError

@@ -14,7 +14,7 @@ from twotower.checkpoint.clip import Architecture, ClipCheckpoint, Pixels, infer
 from twotower.checkpoint.download import cached_file, download, reach_hub
 from twotower.checkpoint.openai import clip_weights
 from twotower.checkpoint.tensors import read_tensors
-from twotower.config import PretrainedConfig
+from twotower.model_config import PretrainedConfig
 from twotower.models.clip_weights import FORMATS, read_clip
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.lora import add_adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from twotower.config import BatchNorm, ModelConfig
+from twotower.model_config import BatchNorm, ModelConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.openai_clip import (
     ARCHITECTURES,

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from twotower.checkpoint.clip import OPENAI_MEAN, OPENAI_STD
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.models.dual_encoder import PixelNorm
 
 WIDEST = 100  # long side over short side that is resized whole; of a longer strip, the middle

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from twotower.checkpoint.native import load_checkpoint, save_checkpoint
-from twotower.config import ModelConfig
+from twotower.model_config import ModelConfig
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.settings import ConfigError, from_plain, to_plain
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from twotower.config import Config, ZeroShotConfig
+from twotower.config import Config
 from twotower.data.pairs import PairTable, load_pairs
 from twotower.distributed import rank, resolve_device, world_size
-from twotower.evaluation.prompts import zeroshot_prompts
+from twotower.evaluation.examined import Examined, examined
 from twotower.models.dual_encoder import MODELS, ModelBundle
 from twotower.models.saved import load_weights
 from twotower.runs import RunPaths
 from twotower.settings import ConfigError
-from twotower.training.inputs import Examined, prepare_inputs
+from twotower.training.inputs import prepare_inputs
 from twotower.training.loss import LOSSES
 from twotower.training.optim import check_optimizer
 from twotower.training.trainer import Trainer
@@ -39,15 +39,6 @@ def start_bundle(config: Config) -> ModelBundle:
     return bundle
 
 
-def examined(source: PairTable, split: str, max_images: int, zeroshot: ZeroShotConfig) -> Examined:
-    """The pairs of a split that are measured on, and their classes' prompts."""
-    pairs = source.split(split)
-    if pairs.has_captions() or pairs.classes() is None:
-        pairs = pairs.with_captions()
-    pairs = pairs.head(max_images)
-    return Examined(pairs, zeroshot_prompts(zeroshot, source, pairs))
-
-
 def probe_of(config: Config) -> Examined | None:
     """What the probe measures on, or None without a probe.
 
@@ -64,15 +55,14 @@ def probe_of(config: Config) -> Examined | None:
     return examined(load_pairs(probe.data), probe.split, probe.max_images, config.zeroshot)
 
 
-def build_trainer(config: Config) -> Trainer:
-    """Everything of a run, built the same way on every rank.
+def build_trainer(config: Config, source: PairTable) -> Trainer:
+    """Everything of a run on the data of `source`, built the same way on every rank.
 
     Raises:
         ConfigError: the data or the model is not as asked for.
     """
     device = resolve_device(config.distributed)
     check_optimizer(config.train, device)
-    source = load_pairs(config.data)
     pairs = source.with_captions()
     torch.manual_seed(config.seed)
     bundle = start_bundle(config)

@@ -5,31 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from twotower.checkpoint.atomic import replacing
 from twotower.console import progress
-from twotower.data.pairs import ImageTextDataset, PairTable, Sample
+from twotower.data.pairs import ImageTextDataset, PairTable, Sample, trim_padding
 from twotower.data.workers import plain_signals
-from twotower.distributed import (
-    all_gather_objects,
-    broadcast_object,
-    is_main_process,
-    rank,
-    shard_range,
-    world_size,
-)
-from twotower.evaluation.retrieval import PictureInputs, autocast
+from twotower.distributed import broadcast_object, is_main_process, rank, shard_range, world_size
+from twotower.evaluation.features import PictureInputs, PictureViews, autocast, gathered
 from twotower.models.dual_encoder import ModelBundle
-from twotower.models.huggingface_text import HuggingFaceText
 from twotower.settings import ConfigError
 from twotower.train_config import Pairing, TrainConfig
 
@@ -40,17 +32,26 @@ GPU_BATCH_ROWS = 256
 
 
 class CachedImages(ImageTextDataset):
-    """The same pairs, with the locked trunk's features (F,) in place of the pictures."""
+    """The same pairs, with the locked trunk's features (F,) in place of the pictures.
+
+    Of several views (N, F) each item brings one an epoch, drawn at random.
+    """
 
     def __init__(
-        self, pairs: PairTable, features: Tensor, *, seed: int, pairing: Pairing = Pairing.one
+        self,
+        pairs: PairTable,
+        views: Sequence[Tensor],
+        *,
+        seed: int,
+        pairing: Pairing = Pairing.one,
     ) -> None:
         super().__init__(pairs, _no_transform, seed=seed, pairing=pairing)
-        self.features = features
+        self.views = views
 
     def __getitem__(self, item: int) -> Sample:
         row = int(self.owner[item])
-        return Sample(self.features[row], self.caption(item), row)
+        drawing = random.Random(f"view/{self.seed}/{self.epoch}/{item}")
+        return Sample(self.views[drawing.randrange(len(self.views))][row], self.caption(item), row)
 
 
 def _no_transform(image: object) -> Tensor:
@@ -106,42 +107,38 @@ def _kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
     return tensors
 
 
-@contextmanager
-def _trimmed_padding(trunk: nn.Module) -> Iterator[None]:
-    trunks = [part for part in trunk.modules() if isinstance(part, HuggingFaceText)]
-    for part in trunks:
-        part.trim_padding = True
-    try:
-        yield
-    finally:
-        for part in trunks:
-            part.trim_padding = False
-
-
 def _batch_rows(device: torch.device) -> int:
     return GPU_BATCH_ROWS if device.type == "cuda" else BATCH_ROWS
 
 
-def _gathered(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part for of_rank in all_gather_objects(parts) for part in of_rank])
-
-
 @torch.no_grad()
 def image_features(
-    bundle: ModelBundle, pairs: PairTable, config: TrainConfig, device: torch.device, folder: Path
+    bundle: ModelBundle,
+    pairs: PairTable,
+    config: TrainConfig,
+    device: torch.device,
+    folder: Path,
+    view: int | None = None,
 ) -> tuple[PairTable, Tensor]:
     """The readable images of `pairs`, and the locked image trunk's features of them (N, F).
+
+    Args:
+        view: the number of a random view of each, by the training transform; None: as they are
+            evaluated.
 
     Raises:
         ConfigError: no picture can be read.
     """
     trunk = bundle.model.image_tower.get_submodule("trunk").to(device).eval()
     files = [_file_state(pairs.path(row)) for row in range(len(pairs))]
-    key = fingerprint("images", trunk, bundle.eval_transform, config.precision, files)
+    pictures, how = PictureInputs(pairs, bundle.eval_transform), [bundle.eval_transform]
+    if view is not None:
+        pictures = PictureViews(pairs, bundle.train_transform, view)
+        how = [bundle.train_transform, view]
+    key = fingerprint("images", trunk, *how, config.precision, files)
 
     def compute() -> dict[str, Tensor]:
         rows = shard_range(len(pairs), rank(), world_size())
-        pictures: Dataset[Tensor | None] = PictureInputs(pairs, bundle.eval_transform)
         loader = DataLoader(
             Subset(pictures, rows),
             batch_size=_batch_rows(device),
@@ -150,24 +147,26 @@ def image_features(
             collate_fn=list,
             generator=torch.Generator(),  # a cold cache must not move the model's random state
         )
-        features: list[Tensor] = []
-        readable: list[Tensor] = []
-        with progress("image features", len(rows), "images", is_main_process()) as bar:
+        features = [torch.empty(0)]
+        readable: list[bool] = []
+        what = "image features" if view is None else f"image features, view {view + 1}"
+        with progress(what, len(rows), "images", is_main_process()) as bar:
             for items in loader:
-                readable.append(torch.tensor([item is not None for item in items]))
+                readable += [item is not None for item in items]
                 images = [item for item in items if item is not None]
                 if images:
                     with autocast(device, config.precision):
                         encoded = trunk(torch.stack(images).to(device, non_blocking=True))
                     features.append(encoded.float().cpu())
                 bar.advance(len(items))
-        if not any(all_gather_objects(bool(features))):
+        kept = gathered(torch.tensor(readable, dtype=torch.bool))
+        if not kept.any():
             raise ConfigError(f"{pairs.name}: no picture can be read, for example {pairs.path(0)}")
-        return {"features": _gathered(features), "readable": _gathered(readable)}
+        return {"features": gathered(torch.cat(features)), "readable": kept}
 
     kept = _kept(folder / f"images-{key}.safetensors", compute)
     unreadable = int((~kept["readable"]).sum())
-    if unreadable and is_main_process():
+    if unreadable and not view and is_main_process():
         log.warning("%d images of %s cannot be read and are left out", unreadable, pairs.name)
     return pairs.take(kept["readable"].nonzero()[:, 0].numpy()), kept["features"]
 
@@ -189,17 +188,17 @@ def caption_features(
 
     def compute() -> dict[str, Tensor]:
         rows = shard_range(len(unique), rank(), world_size())
-        features = []
+        features = [torch.empty(0)]
         step = _batch_rows(device)
-        shown = progress("caption features", len(rows), "captions", is_main_process())
-        with shown as bar, _trimmed_padding(trunk):
+        with progress("caption features", len(rows), "captions", is_main_process()) as bar:
             for start in range(rows.start, rows.stop, step):
                 texts = unique[start : min(start + step, rows.stop)]
+                tokens = trim_padding(bundle.tokenizer(texts), bundle.tokenizer.pad_id)
                 with autocast(device, config.precision):
-                    encoded = trunk(bundle.tokenizer(texts).to(device))
+                    encoded = trunk(tokens.to(device))
                 features.append(encoded.float().cpu())
                 bar.advance(len(texts))
-        return {"features": _gathered(features)}
+        return {"features": gathered(torch.cat(features))}
 
     kept = _kept(folder / f"captions-{key}.safetensors", compute)
     return CachedCaptions(kept["features"], {text: row for row, text in enumerate(unique)})

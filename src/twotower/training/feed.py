@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from twotower.data.pairs import Batch, Collate
 from twotower.data.workers import plain_signals
-from twotower.distributed import rank, world_size
+from twotower.distributed import local_world_size, rank, world_size
 from twotower.train_config import Pairing, TrainConfig
 from twotower.training.gradient import Inputs
 from twotower.training.health import StepClock
@@ -46,8 +45,7 @@ class Feed:
         self.sampler = GlobalBatchSampler(
             inputs.train.owner, config.batch_size, seed, rank(), world, config.pairing
         )
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # ranks that share the cores
-        self.clock = StepClock(device, config.num_workers, here)
+        self.clock = StepClock(device, config.num_workers, local_world_size())
         self._unreadable: set[str] = set()
 
     @property

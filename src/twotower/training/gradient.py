@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from twotower.distributed import all_gather_with_grad, rank
-from twotower.evaluation.retrieval import autocast
+from twotower.evaluation.features import autocast
 from twotower.models.dual_encoder import DualEncoder, DualEncoderOutput
+from twotower.models.locking import running_statistics
 from twotower.train_config import Precision
 from twotower.training.loss import Loss, Pairs, Temperature, contrastive_loss
 
@@ -175,16 +175,10 @@ def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """The running statistics that a forward pass of `model` would change."""
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
-    return [buffer for norm in norms for buffer in norm.buffers()]
-
-
 @contextmanager
 def _kept_statistics(model: nn.Module) -> Iterator[None]:
     """Within it forward passes leave no trace in the running statistics of batch norms."""
-    buffers = _statistics(model)
+    buffers = running_statistics(model)
     before = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -196,7 +190,7 @@ def _kept_statistics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _averaged_statistics(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Within it running statistics change once: by the mean of what each micro-batch asks."""
-    buffers = _statistics(model)
+    buffers = running_statistics(model)
     before = [buffer.clone() for buffer in buffers]
     sums = [torch.zeros_like(buffer) for buffer in buffers]
     seen = 0

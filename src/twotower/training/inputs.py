@@ -11,20 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from twotower.data.pairs import ImageTextDataset, PairTable
-from twotower.evaluation.prompts import Prompts
-from twotower.evaluation.retrieval import FeatureInputs, PictureInputs
+from twotower.evaluation.examined import Examined
+from twotower.evaluation.features import FeatureInputs, PictureInputs
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tower
 from twotower.settings import ConfigError
 from twotower.train_config import TrainConfig
 from twotower.training.feature_cache import CachedImages, caption_features, image_features
-
-
-@dataclass(frozen=True)
-class Examined:
-    """Pairs to measure on, and the prompts of their classes where they have any."""
-
-    pairs: PairTable
-    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,12 @@ def prepare_inputs(
     image_tower, text_tower = model.image_tower, model.text_tower
     train: ImageTextDataset
     if _is_cached(image_tower, config):
-        train_pairs, features = image_features(bundle, train_pairs, config, device, cache_folder)
+        of_train = (bundle, train_pairs, config, device, cache_folder)
+        # One view is the pictures as they are evaluated; more are random crops of them.
+        numbers = range(config.cached_views) if config.cached_views > 1 else [None]
+        views = [image_features(*of_train, number) for number in numbers]
+        train_pairs = views[0][0]
+        features = [of_view for _, of_view in views]
         train = CachedImages(train_pairs, features, seed=seed, pairing=config.pairing)
         image_tower = image_tower.get_submodule("head")
 

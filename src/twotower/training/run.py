@@ -10,13 +10,11 @@ from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import read_header
 from twotower.config import Config
 from twotower.data.pairs import load_pairs
-from twotower.distributed import (
-    is_main_process,
-    launch,
-    on_main,
-)
+from twotower.distributed import is_main_process, on_main
+from twotower.evaluation.examined import examined
 from twotower.evaluation.published import publish_checkpoint, publish_data
 from twotower.evaluation.report import describe, report_path, write_report
+from twotower.launch import launch
 from twotower.models.saved import load_weights
 from twotower.provenance import PROVENANCE, record_attempt
 from twotower.runs import NOTE, RunPaths
@@ -145,7 +143,8 @@ def train_on_rank(config: Config) -> str:
     wanted = [report, *([paths.wise_ft] if config.train.wise_ft else [])]
     if decision == "reuse" and on_main(lambda: all(path.is_file() for path in wanted)):
         return decision
-    trainer = build_trainer(config)
+    source = load_pairs(config.data)
+    trainer = build_trainer(config, source)
     if decision == "start":
         on_main(clear, config)
     else:
@@ -157,8 +156,7 @@ def train_on_rank(config: Config) -> str:
     if decision != "reuse":
         with wandb_run(config, resumed=decision == "resume") as online:
             if online is not None:
-                source = config.data.registered_name
-                publish_data(online, load_pairs(config.data), source, paths.logs)
+                publish_data(online, source, config.data.registered_name, paths.logs)
             trainer.run(online)
             if online is not None:
                 publish_checkpoint(online, paths.best, paths.models.name)
@@ -169,7 +167,9 @@ def train_on_rank(config: Config) -> str:
     retrieval, zeroshot = trainer.validator.reports(trainer.inputs.val, config.evaluate.bootstrap)
     if is_main_process():
         seconds = float(read_header(paths.last)["seconds"])
-        about = describe(trainer.bundle, paths.best, config, seconds)
+        how = config.evaluate
+        measured = examined(source, how.split, how.max_images, config.zeroshot).pairs
+        about = describe(trainer.bundle, paths.best, config, seconds, measured)
         write_report(report, retrieval.report if retrieval else None, zeroshot, **about)
     return decision
 

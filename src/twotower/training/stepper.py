@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from twotower.config import BatchNorm
 from twotower.distributed import all_gather_objects, average_over_ranks, world_size
+from twotower.model_config import BatchNorm
 from twotower.models.dual_encoder import DualEncoder, DualEncoderOutput
 from twotower.models.locking import apply_batch_norm_policy, running_statistics
 from twotower.settings import Diverged
@@ -77,8 +77,9 @@ class Stepper:
             enable_grad_checkpointing(model)
         if config.compile:
             compile_towers(model, device)
-        local = batch_norm is BatchNorm.local
-        self.statistics = running_statistics(model) if local else []
+        # The counters are the same on all ranks; the means and variances are not.
+        changed = running_statistics(model.train()) if batch_norm is BatchNorm.local else []
+        self.statistics = [buffer for buffer in changed if buffer.is_floating_point()]
         self.optimizer = build_optimizer(model, config)
         self.average = WeightAverage.of(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)

@@ -9,6 +9,7 @@ import torch
 from twotower.config import EvaluateConfig, ProbeConfig
 from twotower.evaluation.retrieval import Measured, measure_pairs
 from twotower.evaluation.zeroshot import ZeroShotReport, measure_zeroshot
+from twotower.metrics import signed
 from twotower.settings import ConfigError
 from twotower.train_config import Precision, TrainConfig
 from twotower.training.inputs import EvaluationSet, TrainingInputs
@@ -88,8 +89,7 @@ def watched(metrics: dict[str, float], config: TrainConfig) -> float:
     Raises:
         ConfigError: `train.watch` is not measured.
     """
-    value = metric(metrics, config.watch, "train.watch")
-    return -value if config.watch.endswith("rank") else value
+    return signed(config.watch, metric(metrics, config.watch, "train.watch"))
 
 
 def has_forgotten(
@@ -99,7 +99,7 @@ def has_forgotten(
     value = probe_metric(metrics, probe)
     if value is None or state.probe is None or not config.stop_on_forgetting:
         return False
-    return state.probe - value > config.stop_on_forgetting
+    return signed(probe.metric, state.probe - value) > config.stop_on_forgetting
 
 
 def reason_to_end(
@@ -109,9 +109,9 @@ def reason_to_end(
     if config.early_stopping and state.stale >= config.patience:
         return f"{config.watch} has not improved in {state.stale} validations"
     if has_forgotten(state, metrics, config, probe):
-        fallen = (state.probe or 0.0) - (probe_metric(metrics, probe) or 0.0)
+        change = abs((state.probe or 0.0) - (probe_metric(metrics, probe) or 0.0))
         return (
-            f"the probe's {probe.metric} has fallen by {fallen:.1f} points, more than "
+            f"the probe's {probe.metric} is worse by {change:.1f} points, more than "
             f"train.stop_on_forgetting={config.stop_on_forgetting:g}"
         )
     return ""

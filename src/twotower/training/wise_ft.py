@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from twotower.checkpoint.atomic import replacing
 from twotower.distributed import is_main_process
+from twotower.metrics import signed
 from twotower.models.saved import load_weights, save_bundle
 from twotower.settings import ConfigError
 
@@ -79,8 +80,11 @@ def sweep(
 
 def choose(points: Sequence[dict[str, float]], names: Sequence[str]) -> float:
     """The alpha with the best mean of the named metrics; the larger one of equals."""
-    best = max(points, key=lambda point: (sum(point[name] for name in names), point["alpha"]))
-    return best["alpha"]
+
+    def quality(point: Mapping[str, float]) -> tuple[float, float]:
+        return sum(signed(name, point[name]) for name in names), point["alpha"]
+
+    return max(points, key=quality)["alpha"]
 
 
 def write_sweep(

@@ -1,0 +1,43 @@
+"""The encode section of the config: the export of embeddings."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import ClassVar
+
+from twotower.settings import Section, setting
+from twotower.train_config import Precision
+
+
+class StoreDtype(enum.Enum):
+    """What an embedding store holds."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Rows(enum.Enum):
+    """What one row of an embedding store is."""
+
+    images = "images"
+    pairs = "pairs"
+
+
+@dataclass(kw_only=True)
+class EncodeConfig(Section):
+    """The export of embeddings."""
+
+    section: ClassVar[str] = "encode"
+
+    output: str = setting("", "store folder; by default models/<run.name>/store")
+    split: str = setting("", "split to encode; empty is every image")
+    rows: Rows = setting(Rows.images, "images: one row an image; pairs: one row a caption")
+    images: bool = setting(True, "write image embeddings")
+    texts: bool = setting(True, "write caption embeddings where there are captions")
+    dtype: StoreDtype = setting(StoreDtype.fp16, "fp16 or fp32")
+    precision: Precision = setting(Precision.fp32, "what the towers compute in: fp32, bf16 or fp16")
+    batch_size: int = setting(64, "rows a forward pass", ge=1)
+    shard_rows: int = setting(65536, "source rows a shard file", ge=1)
+    num_workers: int = setting(0, "processes a rank that load images", ge=0)
+    overwrite: bool = setting(False, "encode a finished store anew")
