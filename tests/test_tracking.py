@@ -39,6 +39,16 @@ def test_a_resumed_run_replaces_what_was_after_its_checkpoint(tmp_path: Path) ->
     assert curve(folder) == records(folder)
 
 
+def test_a_validation_that_is_measured_again_is_recorded_once(tmp_path: Path) -> None:
+    for validated, kept in ((True, ["train/loss", "val/R"]), (False, ["train/loss"])):
+        with MetricWriter(tmp_path) as writer:
+            writer.write(3, {"train/loss": 0.5})
+            writer.write(3, {"val/R": 1.0})
+        MetricWriter(tmp_path, 3, validated=validated).close()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [list(json.loads(line))[-1] for line in lines] == kept
+
+
 def test_a_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4), 1.0)
     path = tmp_path / "metrics.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,24 +15,34 @@ import numpy.typing as npt
 from twotower.wandb_run import WandbRun
 
 
-def _step(line: str) -> float:
-    """The step of a record; infinite for a line that a kill cut short."""
+def _is_kept(line: str, done: int, *, validated: bool) -> bool:
+    """Whether a record stands after a resume; a line that a kill cut short does not."""
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        step = int(record["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
+    again = not validated and any(name.startswith(("val/", "probe/")) for name in record)
+    return step < done or (step == done and not again)
 
 
 class MetricWriter:
     """Writes what a run measures to `folder`; on other ranks than the first it writes nothing.
 
     A line of `metrics.jsonl` is one call of `write`: {"step": 1, "time": 1.7e9, name: value};
-    times are seconds since the epoch. Steps that are written again (a run trained anew) replace
-    what was there. A `wandb` run gets everything too; who opened it closes it.
+    times are seconds since the epoch. What a resumed run writes again replaces what was there:
+    the steps after `done`, and step `done`'s validation if it is not `validated`. A `wandb` run
+    gets everything too; who opened it closes it.
     """
 
     def __init__(
-        self, folder: Path, done: int = 0, main: bool = True, wandb: WandbRun | None = None
+        self,
+        folder: Path,
+        done: int = 0,
+        main: bool = True,
+        wandb: WandbRun | None = None,
+        *,
+        validated: bool = True,
     ) -> None:
         self._tensorboard: Any = None
         self._wandb = wandb
@@ -46,7 +55,7 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(str(folder), purge_step=purge)
         path = folder / "metrics.jsonl"
         kept = [] if not path.is_file() else path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in kept if _step(line) <= done]
+        kept = [line for line in kept if _is_kept(line, done, validated=validated)]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._lines = path.open("a", encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_a_finished_run_is_reused(trained, monkeypatch):
     train(trained)
     train(again(trained, num_workers=3, log_every=2))  # neither decides the result
     assert contents(trained) == before
+
+
+def test_other_weights_to_start_from_are_another_run(trained, tmp_path):
+    start = tmp_path / "start.safetensors"
+    shutil.copyfile(RunPaths.of(trained).best, start)
+    config = asked(tmp_path, f"train.start_from={start}", "train.max_steps=1")
+    train(config)
+    assert run.decide(config) == "reuse"
+    shutil.copyfile(RunPaths.of(config).last, start)
+    with pytest.raises(ConfigError, match=r"another config \(the weights of train.start_from\)"):
+        run.decide(config)
+    start.unlink()
+    assert run.decide(config) == "reuse"
 
 
 def test_a_finished_run_without_its_report_gets_it(trained):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from pathlib import Path
 
 from twotower.checkpoint.atomic import replacing
-from twotower.checkpoint.native import read_header
+from twotower.checkpoint.native import file_sha256, read_header
 from twotower.config import Config
 from twotower.data.pairs import load_pairs
 from twotower.distributed import is_main_process, on_main
@@ -49,6 +50,9 @@ def asked_for(config: Config) -> dict[str, dict[str, object]]:
         asked["probe."] |= {"metric": config.probe.metric, "max_images": config.probe.max_images}
     if "zeroshot" in config.train.watch + config.probe.metric:
         asked["zeroshot."] = to_plain(config.zeroshot)
+    start = Path(config.train.start_from)
+    if start.is_file():  # the same path may hold other weights; a run can go on without the file
+        asked["the weights of "] = {"train.start_from": file_sha256(start)}
     return asked
 
 

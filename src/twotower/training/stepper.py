@@ -30,6 +30,7 @@ from twotower.training.optim import (
 from twotower.training.towers import compile_towers, enable_grad_checkpointing
 
 OPTIMIZER, AVERAGE = "optimizer.", "average."  # begin the names of tensors that a resume needs
+MOST_SKIPPED = 40  # steps in a row: the fp16 scale, 2**16 at first, is below 2**-23 by then
 
 
 class StepResult(NamedTuple):
@@ -82,6 +83,7 @@ class Stepper:
         self.statistics = [buffer for buffer in changed if buffer.is_floating_point()]
         self.optimizer = build_optimizer(model, config)
         self.average = WeightAverage.of(model, config)
+        self._skipped = 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision is Precision.fp16)
         parallel: nn.Module = model
         if world > 1:
@@ -117,8 +119,10 @@ class Stepper:
         average_over_ranks([seen])
         # One wait for the device a step, before the weights change.
         value, size, factor = seen.tolist()
-        # The fp16 scaler skips steps whose gradient is not finite by itself.
-        if not (math.isfinite(value) and (math.isfinite(size) or self.scaler.is_enabled())):
+        # The fp16 scaler skips a step whose gradient is not finite, and lowers its scale.
+        self._skipped = 0 if math.isfinite(size) else self._skipped + 1
+        allowed = MOST_SKIPPED if self.scaler.is_enabled() else 0
+        if not math.isfinite(value) or self._skipped > allowed:
             raise Diverged(
                 f"the loss is {value} and the gradient's norm {size}; {self.origin(batch)}"
             )
@@ -131,7 +135,13 @@ class Stepper:
         return StepResult(value, size, factor, output)
 
     def origin(self, batch: Inputs) -> str:
-        """What went bad first, found by running the batch again; every rank calls it."""
+        """What went bad first, found by running the batch again; every rank calls it.
+
+        The model is not to be trained on afterwards.
+        """
+        for part in self.model.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.eval()  # ranks stop at different modules and must not wait for each other
         size = self.config.micro_batch_size or len(batch)
         found = None
         for start in range(0, len(batch), size):

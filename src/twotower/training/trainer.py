@@ -108,12 +108,14 @@ class Trainer:
             keep_first(self)
         what = f"training {self.bundle.config.registered_name}"
         total = self.total_steps * self.config.batch_size
+        done, validated = self.state.step, self.state.validated == self.state.step
+        main = is_main_process()
         with (
-            MetricWriter(self.paths.logs, self.state.step, is_main_process(), online) as writer,
-            progress(what, total, "samples", is_main_process()) as bar,
+            MetricWriter(self.paths.logs, done, main, online, validated=validated) as writer,
+            progress(what, total, "samples", main) as bar,
             resume.stop_after_step() as stop,
         ):
-            bar.skip(self.state.step * self.config.batch_size)
+            bar.skip(done * self.config.batch_size)
             self._clock = self._saved = time.monotonic()
             while True:
                 self.save_if_asked(stop)
