@@ -18,7 +18,10 @@ from twotower.model_config import BatchNorm
 from twotower.models.dual_encoder import MODELS, DualEncoder
 from twotower.models.locking import apply_batch_norm_policy
 from twotower.settings import ConfigError
-from twotower.training.towers import compile_towers, enable_grad_checkpointing
+from twotower.train_config import TrainConfig
+from twotower.training.loss import LOSSES, ClipLossConfig
+from twotower.training.stepper import Stepper
+from twotower.training.towers import compile_towers, enable_grad_checkpointing, encode_in_parts
 
 CPU = torch.device("cpu")
 VARIANTS = ["openai_vit", "openai_resnet", "bert_resnet", "bert_vit", "bert_locked", "bert_lora"]
@@ -84,6 +87,29 @@ def count_passes(model: DualEncoder) -> Callable[[], int]:
     for module in model.modules():
         module.register_forward_pre_hook(lambda *_: calls.append(1))
     return lambda: len(calls)
+
+
+@pytest.mark.parametrize("variant", ["openai_vit", "openai_resnet", "bert_resnet", "bert_locked"])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(variant: str, bert: Path) -> None:
+    model, images, tokens = make(variant, bert)
+    apply_batch_norm_policy(model, BatchNorm.frozen, 1)
+    expected = step(model, images, tokens)
+    encode_in_parts(model, rows=3)
+    sizes: list[int] = []
+    model.image_tower.trunk.get_submodule("1").register_forward_pre_hook(
+        lambda _, inputs: sizes.append(len(inputs[0]))
+    )
+    assert_close(step(model, images, tokens), expected)
+    assert sizes == [3, 1]
+
+
+@pytest.mark.parametrize(("policy", "in_parts"), [("frozen", True), ("local", False)])
+def test_only_pictures_that_are_normalised_alone_pass_in_parts(
+    policy: str, in_parts: bool, bert: Path
+) -> None:
+    model, _, _ = make("bert_resnet", bert)
+    Stepper(model, BatchNorm[policy], LOSSES.build(ClipLossConfig()), TrainConfig(), CPU)
+    assert ("forward" in vars(model.image_tower.trunk)) is in_parts
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

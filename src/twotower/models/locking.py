@@ -81,8 +81,8 @@ def trainable_batch_norms(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What a forward pass in training changes: means, variances and counters of batch norms."""
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.training]
+    """The means, variances and counters of the batch norms that are trained, in a fixed order."""
+    norms = [getattr(parent, name) for parent, name in trainable_batch_norms(model)]
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 

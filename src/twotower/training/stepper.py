@@ -27,7 +27,7 @@ from twotower.training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
-from twotower.training.towers import compile_towers, enable_grad_checkpointing
+from twotower.training.towers import compile_towers, enable_grad_checkpointing, encode_in_parts
 
 OPTIMIZER, AVERAGE = "optimizer.", "average."  # begin the names of tensors that a resume needs
 MOST_SKIPPED = 40  # steps in a row: the fp16 scale, 2**16 at first, is below 2**-23 by then
@@ -78,9 +78,12 @@ class Stepper:
             enable_grad_checkpointing(model)
         if config.compile:
             compile_towers(model, device)
-        # The counters are the same on all ranks; the means and variances are not.
-        changed = running_statistics(model.train()) if batch_norm is BatchNorm.local else []
-        self.statistics = [buffer for buffer in changed if buffer.is_floating_point()]
+        statistics = running_statistics(model)
+        if device.type == "cpu" and (batch_norm is BatchNorm.frozen or not statistics):
+            encode_in_parts(model)
+        # The counters are the same on all ranks, means and variances of local norms are not.
+        local = batch_norm is BatchNorm.local
+        self.statistics = [b for b in statistics if local and b.is_floating_point()]
         self.optimizer = build_optimizer(model, config)
         self.average = WeightAverage.of(model, config)
         self._skipped = 0

@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,8 @@ from twotower.models.stages import bare_encoder
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
+
+CPU_ROWS = 32
 
 
 def enable_grad_checkpointing(model: DualEncoder) -> None:
@@ -51,6 +53,24 @@ def enable_grad_checkpointing(model: DualEncoder) -> None:
         for module in encoder.modules():
             if isinstance(module, _BatchNorm):
                 _count_once(module)
+
+
+def encode_in_parts(model: DualEncoder, rows: int = CPU_ROWS) -> None:
+    """Let the image encoder take a large batch so many pictures at a time, in one graph.
+
+    For CPUs, whose caches hold the activations of a few pictures: EfficientNet-Lite0 with two
+    trained stages does 256 pictures in less than half of the time. Features and gradients stay the
+    same unless batch norms normalise by the batch, so call it without such.
+    """
+    tower = model.image_tower
+    if isinstance(tower, Tower):
+        tower.trunk.forward = partial(_in_parts, tower.trunk.forward, rows)
+
+
+def _in_parts(forward: Callable[[Tensor], Tensor], rows: int, images: Tensor) -> Tensor:
+    if len(images) <= rows:
+        return forward(images)
+    return torch.cat([forward(part) for part in images.split(rows)])
 
 
 def compile_towers(model: DualEncoder, device: torch.device) -> None:
