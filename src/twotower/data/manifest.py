@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -30,7 +31,7 @@ NOT_A_NUMBER = ("nan", "NaN")  # how pandas and numpy write a missing caption as
 
 @dataclass(kw_only=True)
 class ManifestConfig(SplitConfig):
-    """A CSV, TSV or Parquet file with a row for each caption of a picture."""
+    """A CSV, TSV or Parquet file with a row for each caption of a picture, or lists of them."""
 
     manifest: str = setting(
         "",
@@ -133,9 +134,10 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
 
 def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa.Table:
     """Rename to filepath, caption, split, image_id and class, as text; keep what else there is."""
+    table, caption_column = _one_caption_a_row(table, config.caption_column)
     wanted = {
         "filepath": config.filepath_column,
-        "caption": config.caption_column,
+        "caption": caption_column,
         "split": config.split_column,
         "image_id": config.image_id_column,
         "class": config.class_column,
@@ -166,6 +168,34 @@ def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa
         and table.column_names.count(column) == 1
     ]
     return pa.table({**there, **{column: table[column] for column in extra}})
+
+
+def _one_caption_a_row(table: pa.Table, column: str) -> tuple[pa.Table, str]:
+    """A row for each caption where a row has a list of them, and the name of the captions' column.
+
+    The column `captions`, as stores have it, stands in for a `caption` that is not there.
+    """
+    if (
+        column == "caption"
+        and column not in table.column_names
+        and "captions" in table.column_names
+    ):
+        column = "captions"
+    if table.column_names.count(column) != 1:
+        return table, column
+    lists = table[column].combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks)
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(lists.type) for is_kind in kinds):
+        return table, column
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    row = np.repeat(np.arange(len(lists)), np.maximum(lengths, 1))
+    there = lengths[row] > 0
+    place = pa.array(np.cumsum(there) - 1, mask=~there)
+    captions = pc.list_flatten(lists).take(place)
+    rows = table.drop_columns([column]).take(pa.array(row))
+    return rows.append_column(column, captions), column
 
 
 def _text(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
