@@ -1,6 +1,6 @@
 """Data sources: each module registers a function `config -> PairTable` beside its config class."""
 
-from twotower.data import flickr8k, folder, manifest, openmoji, synthetic
+from twotower.data import class_folders, flickr8k, folder, manifest, openmoji, synthetic
 from twotower.data.pairs import DATASETS, Batch, Collate, ImageTextDataset, Pair, PairTable
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ImageTextDataset",
     "Pair",
     "PairTable",
+    "class_folders",
     "flickr8k",
     "folder",
     "manifest",
