@@ -1,6 +1,15 @@
 """Data sources: each module registers a function `config -> PairTable` beside its config class."""
 
-from twotower.data import class_folders, flickr8k, folder, manifest, openmoji, synthetic
+from twotower.data import (
+    class_folders,
+    coco,
+    flickr8k,
+    flickr30k,
+    folder,
+    manifest,
+    openmoji,
+    synthetic,
+)
 from twotower.data.pairs import DATASETS, Batch, Collate, ImageTextDataset, Pair, PairTable
 
 __all__ = [
@@ -11,7 +20,9 @@ __all__ = [
     "Pair",
     "PairTable",
     "class_folders",
+    "coco",
     "flickr8k",
+    "flickr30k",
     "folder",
     "manifest",
     "openmoji",
