@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import pyarrow as pa
 
 from twotower.data.folder import SPLIT_FOLDERS, list_pictures
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
-from twotower.data.templates import PLACE, load_templates, numbered_lines, words_of
+from twotower.data.templates import numbered_lines, templated, text_or_templates, words_of
 from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
@@ -55,8 +54,7 @@ def load_class_folders(config: ClassFoldersConfig) -> PairTable:
     root = Path(config.folder)
     if not root.is_dir():
         raise ConfigError(f"there is no folder {root}; data.folder must name one of class folders")
-    templates = [config.templates] if PLACE in config.templates else None
-    templates = templates or load_templates(config.templates, "data.templates")
+    templates = text_or_templates(config.templates)
     files = list_pictures(root)
     if not files:
         raise ConfigError(f"{root} has no pictures")
@@ -71,7 +69,7 @@ def load_class_folders(config: ClassFoldersConfig) -> PairTable:
     table = pa.table(
         {
             "filepath": _texts(str(file) for file, _, _ in labelled),
-            "captions": _captions([words_of(names[label]) for label in labels], templates),
+            "captions": templated([words_of(names[label]) for label in labels], templates),
             "split": _texts(split for _, split, _ in labelled),
             "image_id": _texts(str(file) for file, _, _ in labelled),
             "class": _texts(names[label] for label in labels),
@@ -84,17 +82,6 @@ def load_class_folders(config: ClassFoldersConfig) -> PairTable:
 
 def _texts(texts: Iterable[str]) -> pa.Array:
     return pa.array(texts, pa.large_string())
-
-
-def _captions(words: list[str], templates: list[str]) -> pa.Array:
-    """A list of captions for each picture's class in words, without a Python text for each."""
-    classes = list(dict.fromkeys(words))
-    number = {word: place for place, word in enumerate(classes)}
-    each = _texts(template.replace(PLACE, word) for word in classes for template in templates)
-    first = np.fromiter((number[word] for word in words), np.int64, len(words)) * len(templates)
-    places = (first[:, None] + np.arange(len(templates))).ravel()
-    offsets = np.arange(len(words) + 1, dtype=np.int32) * len(templates)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), each.take(pa.array(places)))
 
 
 def _labelled(root: Path, files: list[PurePosixPath]) -> Iterator[tuple[PurePosixPath, str, str]]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from twotower.data.pairs import DATASETS, PairTable
+from twotower.data.places import file_of
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.data.table import one_caption_a_row
 from twotower.settings import ConfigError, setting
 from twotower.wandb_files import local_file
 
@@ -134,7 +134,10 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
 
 def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa.Table:
     """Rename to filepath, caption, split, image_id and class, as text; keep what else there is."""
-    table, caption_column = _one_caption_a_row(table, config.caption_column)
+    caption_column = config.caption_column
+    if caption_column == "caption" and not {"caption", "captions"}.isdisjoint(table.column_names):
+        caption_column = "caption" if "caption" in table.column_names else "captions"
+    table = one_caption_a_row(table, caption_column)
     wanted = {
         "filepath": config.filepath_column,
         "caption": caption_column,
@@ -168,34 +171,6 @@ def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa
         and table.column_names.count(column) == 1
     ]
     return pa.table({**there, **{column: table[column] for column in extra}})
-
-
-def _one_caption_a_row(table: pa.Table, column: str) -> tuple[pa.Table, str]:
-    """A row for each caption where a row has a list of them, and the name of the captions' column.
-
-    The column `captions`, as stores have it, stands in for a `caption` that is not there.
-    """
-    if (
-        column == "caption"
-        and column not in table.column_names
-        and "captions" in table.column_names
-    ):
-        column = "captions"
-    if table.column_names.count(column) != 1:
-        return table, column
-    lists = table[column].combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):
-        lists = pa.concat_arrays(lists.chunks)
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(lists.type) for is_kind in kinds):
-        return table, column
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    row = np.repeat(np.arange(len(lists)), np.maximum(lengths, 1))
-    there = lengths[row] > 0
-    place = pa.array(np.cumsum(there) - 1, mask=~there)
-    captions = pc.list_flatten(lists).take(place)
-    rows = table.drop_columns([column]).take(pa.array(row))
-    return rows.append_column(column, captions), column
 
 
 def _text(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
@@ -238,7 +213,7 @@ def _repeat(text: str, count: int) -> pa.Array:
 def _check_files(pairs: PairTable) -> None:
     """Refuse a wrong root at once, instead of a million unreadable pictures later."""
     paths = [pairs.path(row) for row in islice(range(len(pairs)), FILES_LOOKED_FOR)]
-    if not any(os.path.exists(path) for path in paths):
+    if not any(file_of(path).exists() for path in paths):
         raise ConfigError(
             f"{pairs.name}: there is no file {paths[0]}, nor any of the first {len(paths)}; "
             "data.root must be the folder that its paths start from"

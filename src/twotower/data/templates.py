@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 from twotower.settings import ConfigError
 
 PLACE = "{}"
@@ -34,6 +37,27 @@ def load_templates(name: str, setting: str = "zeroshot.templates") -> list[str]:
                 f"as in 'a photo of a {{}}.', not {line[:80]!r}"
             )
     return [line for _, line in lines]
+
+
+def text_or_templates(setting: str) -> list[str]:
+    """The templates that `data.templates` names, or itself if it is one.
+
+    Raises:
+        ConfigError: as `load_templates`.
+    """
+    return [setting] if PLACE in setting else load_templates(setting, "data.templates")
+
+
+def templated(words: Sequence[str], templates: Sequence[str]) -> pa.ListArray:
+    """A list of captions for each class in words, without a Python text for each."""
+    classes = list(dict.fromkeys(words))
+    number = {word: place for place, word in enumerate(classes)}
+    each = [template.replace(PLACE, word) for word in classes for template in templates]
+    first = np.fromiter((number[word] for word in words), np.int64, len(words)) * len(templates)
+    places = (first[:, None] + np.arange(len(templates))).ravel()
+    offsets = np.arange(len(words) + 1, dtype=np.int32) * len(templates)
+    captions = pa.array(each, pa.large_string()).take(pa.array(places))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), captions)
 
 
 def numbered_lines(path: Path, what: str) -> list[tuple[int, str]]:
