@@ -24,6 +24,7 @@ __all__ = [
     "flickr8k",
     "flickr30k",
     "folder",
+    "hf_dataset",
     "manifest",
     "openmoji",
     "synthetic",

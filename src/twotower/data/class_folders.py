@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from twotower.data.folder import SPLIT_FOLDERS, list_pictures
 from twotower.data.pairs import DATASETS, PairTable
-from twotower.data.splits import SplitConfig, draw_splits
+from twotower.data.splits import SplitConfig, with_val
 from twotower.data.templates import numbered_lines, templated, text_or_templates, words_of
 from twotower.settings import ConfigError, setting
 
@@ -77,7 +77,7 @@ def load_class_folders(config: ClassFoldersConfig) -> PairTable:
         }
     )
     pairs = PairTable(table, root, str(root))
-    return _with_val(pairs, config)
+    return with_val(pairs, config)
 
 
 def _texts(texts: Iterable[str]) -> pa.Array:
@@ -171,18 +171,3 @@ def _read_names(path: Path, labels: set[str]) -> dict[str, str]:
             raise ConfigError(f"{path}, line {number}: a class, a tab and words, not {line!r}")
         names[label] = words.strip()
     return names
-
-
-def _with_val(pairs: PairTable, config: ClassFoldersConfig) -> PairTable:
-    """The images with a split each; `val` is drawn of what trains where there is none."""
-    splits = pairs.table["split"].to_pylist()
-    if not any(splits):
-        return draw_splits(pairs, config.val_fraction, config.split_seed)
-    if "val" in splits:
-        return pairs
-    drawn = draw_splits(pairs.split("train"), config.val_fraction, config.split_seed).table
-    of_image = dict(zip(drawn["image_id"].to_pylist(), drawn["split"].to_pylist(), strict=True))
-    ids = pairs.table["image_id"].to_pylist()
-    column = _texts(of_image.get(i, split) for i, split in zip(ids, splits, strict=True))
-    place = pairs.table.schema.get_field_index("split")
-    return PairTable(pairs.table.set_column(place, "split", column), pairs.root, pairs.name)
