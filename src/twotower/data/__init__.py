@@ -6,9 +6,11 @@ from twotower.data import (
     flickr8k,
     flickr30k,
     folder,
+    hf_dataset,
     manifest,
     openmoji,
     synthetic,
+    webdataset,
 )
 from twotower.data.pairs import DATASETS, Batch, Collate, ImageTextDataset, Pair, PairTable
 
@@ -28,4 +30,5 @@ __all__ = [
     "manifest",
     "openmoji",
     "synthetic",
+    "webdataset",
 ]
