@@ -1,4 +1,3 @@
-import io
 import json
 from pathlib import Path
 
@@ -7,18 +6,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tests.data.pictures import png
 from twotower.data.hf_dataset import HFDatasetConfig, load_hf_dataset
 from twotower.data.images import decode_image
 from twotower.data.pairs import PairTable
 from twotower.settings import ConfigError
 
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
-
-
-def png(colour: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def load(folder: Path, **settings: object) -> PairTable:

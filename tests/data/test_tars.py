@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_hf_dataset import png
+from tests.data.pictures import png
 from twotower.data.tars import index_tar
 from twotower.settings import ConfigError
 

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from tests.data.test_hf_dataset import png
+from tests.data.pictures import png
 from tests.data.test_tars import write_tar
 from tests.helpers import HashTokenizer, SquareTransform
 from twotower.data import webdataset

@@ -11,6 +11,7 @@ from twotower.data import (
     openmoji,
     synthetic,
     webdataset,
+    yfcc100m,
 )
 from twotower.data.pairs import DATASETS, Batch, Collate, ImageTextDataset, Pair, PairTable
 
@@ -31,4 +32,5 @@ __all__ = [
     "openmoji",
     "synthetic",
     "webdataset",
+    "yfcc100m",
 ]
