@@ -1,5 +1,6 @@
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -86,22 +87,39 @@ def test_braces_stars_folders_and_tars_that_validate(home: Path) -> None:
     assert pairs.table["split"].to_pylist() == ["train"] * 2 * SAMPLES + ["val"] * SAMPLES
 
 
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tars that are indexed, as it happens."""
+    names: list[str] = []
+    index_tar = webdataset.index_tar
+
+    def told(path: Path, *keys: str) -> object:
+        names.append(path.name)
+        return index_tar(path, *keys)
+
+    monkeypatch.setattr(webdataset, "index_tar", told)
+    return names
+
+
 def test_an_index_is_made_once_and_anew_when_the_tar_changes(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, indexed: list[str]
 ) -> None:
     write_tars(home / "data", 2)
     first = load("data")
-    read: list[Path] = []
-    index_tar = webdataset.index_tar
-    monkeypatch.setattr(
-        webdataset, "index_tar", lambda path, *keys: read.append(path) or index_tar(path, *keys)
-    )
-    assert load("data").table == first.table and not read
+    assert load("data").table == first.table and len(indexed) == 2
     write_tar(home / "data/00001.tar", members(7)[:3])
     os.utime(home / "data/00001.tar", ns=(1, 1))
     assert len(load("data")) == SAMPLES + 1
-    assert [path.name for path in read] == ["00001.tar"]
-    assert len(load("data", caption_key="json.url")) == SAMPLES + 1 and len(read) == 3
+    assert indexed[2:] == ["00001.tar"]
+    assert len(load("data", caption_key="json.url")) == SAMPLES + 1 and len(indexed) == 5
+
+
+def test_ranks_that_start_together_index_a_tar_once(home: Path, indexed: list[str]) -> None:
+    write_tars(home / "data", 3)
+    with ThreadPoolExecutor(3) as pool:
+        tables = [pairs.table for pairs in pool.map(load, ["data"] * 3)]
+    assert sorted(indexed) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert tables[0] == tables[1] == tables[2]
 
 
 def test_remote_tars_are_copied_once(home: Path) -> None:
@@ -134,26 +152,21 @@ def test_fields_whose_types_differ_between_tars_become_text(home: Path) -> None:
 def test_three_ranks_with_two_workers_each_give_every_sample_once_an_epoch(home: Path) -> None:
     write_tars(home / "data", 3)
     data = ImageTextDataset(load("data"), SquareTransform(4))
-    numbers = list(range(3 * SAMPLES))
 
-    def epoch(epoch: int, done: int = 0) -> list[list[list[int]]]:
-        """What each rank gets: the numbers on the pictures, batch by batch."""
-        ranks = []
-        for rank in range(3):
-            sampler = GlobalBatchSampler(data.owner, 6, 0, rank=rank, world=3)
-            sampler.set_position(epoch, done)
-            collate = Collate(HashTokenizer())
-            loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=2)
-            batches = [batch.images[:, 0, 0, 0] // 5 for batch in loader]
-            ranks.append([batch.tolist() for batch in batches])
-        return ranks
+    def of_rank(rank: int, epoch: int, done: int = 0) -> list[list[int]]:
+        """The numbers on the pictures that a rank gets, batch by batch."""
+        sampler = GlobalBatchSampler(data.owner, 6, 0, rank=rank, world=3)
+        sampler.set_position(epoch, done)
+        collate = Collate(HashTokenizer())
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=2)
+        return [(batch.images[:, 0, 0, 0] // 5).tolist() for batch in loader]
 
-    first, second = epoch(0), epoch(1)
-    for ranks in (first, second):
-        assert sorted(chain(*chain(*ranks))) == numbers
-        assert [len(batches) for batches in ranks] == [4, 4, 4]
-    assert first != second
-    assert epoch(1, done=3) == [batches[3:] for batches in second]
+    ranks = [of_rank(rank, epoch=0) for rank in range(3)]
+    assert sorted(chain(*chain(*ranks))) == list(range(3 * SAMPLES))
+    assert [len(batches) for batches in ranks] == [4, 4, 4]
+    next_epoch = of_rank(0, epoch=1)
+    assert next_epoch != ranks[0]
+    assert of_rank(0, epoch=1, done=3) == next_epoch[3:]
 
 
 def test_each_mistake_has_its_sentence(home: Path) -> None:

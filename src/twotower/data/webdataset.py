@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,26 +167,66 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     try:
         system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{url} cannot be opened: {error}") from error
+    except ImportError as error:
+        raise ConfigError(
+            f"{url} cannot be opened: {error} (for http, pip install 'twotower[http]')"
+        ) from error
     return system, path
 
 
 def _index_all(urls: Sequence[str], config: WebdatasetConfig) -> list[tuple[Path, pa.Table]]:
-    """Each tar's local file and its index; one process at a time does what is missing."""
+    """Each tar's local file and its index; one process at a time makes what is missing."""
     cache = Path(config.cache)
-    with _locked(cache), progress("indexing tars", len(urls), "tars") as line:
-
-        def one(url: str) -> tuple[Path, pa.Table]:
-            tar = _fetched(url, cache) if _is_remote(url) else Path(url)
-            return tar, _index(tar, url, config)
-
-        found = []
-        with ThreadPoolExecutor(config.connections) as pool:
-            for tar in pool.map(one, urls):
-                found.append(tar)
+    found = {url: _indexed(url, config) for url in urls}
+    missing = [url for url, index in found.items() if index is None]
+    if missing:
+        with (
+            _locked(cache),
+            progress("indexing tars", len(missing), "tars") as line,
+            ThreadPoolExecutor(config.connections) as pool,
+        ):
+            for url, index in zip(missing, pool.map(partial(_make, config), missing), strict=True):
+                found[url] = index
                 line.advance()
-        return found
+    return [(_local(url, cache), index) for url, index in found.items() if index is not None]
+
+
+def _local(url: str, cache: Path) -> Path:
+    """Where a tar lies, or the copy of a remote one will."""
+    if not _is_remote(url):
+        return Path(url)
+    folder, _, name = url.rpartition("/")
+    return cache.absolute() / f"tars-{_short(folder)}" / name
+
+
+def _indexed(url: str, config: WebdatasetConfig) -> pa.Table | None:
+    """The index of a tar, if it is in the cache and neither the tar nor the keys have changed."""
+    tar = _local(url, Path(config.cache))
+    path = _index_path(tar, url, config) if tar.is_file() else None
+    return pq.read_table(path) if path is not None and path.is_file() else None
+
+
+def _index_path(tar: Path, url: str, config: WebdatasetConfig) -> Path:
+    state = tar.stat()
+    keys = (config.image_key, config.caption_key)
+    mark = _short(repr((VERSION, url, state.st_size, state.st_mtime_ns, *keys)))
+    return Path(config.cache) / f"{tar.stem}-{mark}.parquet"
+
+
+def _make(config: WebdatasetConfig, url: str) -> pa.Table:
+    """The index of a tar, which is fetched and indexed now if no other process has done so."""
+    made = _indexed(url, config)
+    if made is not None:
+        return made
+    tar = _local(url, Path(config.cache))
+    if _is_remote(url) and not tar.is_file():
+        _fetch(url, tar)
+    index = index_tar(tar, config.image_key, config.caption_key)
+    with replacing(_index_path(tar, url, config)) as partial_file:
+        pq.write_table(index, partial_file)
+    return index
 
 
 @contextmanager
@@ -202,17 +243,13 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
-def _fetched(url: str, cache: Path) -> Path:
-    """The copy of a remote tar, which is fetched now if it is not there."""
-    folder, _, name = url.rpartition("/")
-    copy = cache.absolute() / f"tars-{_short(folder)}" / name
-    if copy.is_file():
-        return copy
+def _fetch(url: str, copy: Path) -> None:
+    """Copy a remote tar."""
     system, path = _filesystem(url)
-    with replacing(copy) as partial:
+    with replacing(copy) as partial_file:
         for left in reversed(range(TRIES)):
             try:
-                system.get_file(path, str(partial))
+                system.get_file(path, str(partial_file))
                 break
             except FileNotFoundError as error:
                 raise ConfigError(f"there is no tar {url}") from error
@@ -220,25 +257,10 @@ def _fetched(url: str, cache: Path) -> Path:
                 if not left:
                     raise ConfigError(f"{url} cannot be fetched: {error}") from error
                 time.sleep(TRIES - left)
-    return copy
 
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _index(tar: Path, url: str, config: WebdatasetConfig) -> pa.Table:
-    """The index of a tar, of the cache unless the tar or the keys have changed."""
-    state = tar.stat()
-    keys = (config.image_key, config.caption_key)
-    mark = _short(repr((VERSION, url, state.st_size, state.st_mtime_ns, *keys)))
-    path = Path(config.cache) / f"{tar.stem}-{mark}.parquet"
-    if path.is_file():
-        return pq.read_table(path)
-    index = index_tar(tar, *keys)
-    with replacing(path) as partial:
-        pq.write_table(index, partial)
-    return index
 
 
 def _standard(index: pa.Table, tar: Path, split: str) -> pa.Table:

@@ -130,7 +130,8 @@ def image_features(
     """
     trunk = bundle.model.image_tower.get_submodule("trunk").to(device).eval()
     files = [_file_state(pairs.path(row)) for row in range(len(pairs))]
-    pictures, how = PictureInputs(pairs, bundle.eval_transform), [bundle.eval_transform]
+    pictures = PictureInputs(pairs, bundle.eval_transform)
+    how: list[object] = [bundle.eval_transform]
     if view is not None:
         pictures = PictureViews(pairs, bundle.train_transform, view)
         how = [bundle.train_transform, view]
