@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor, nn
 
+from twotower.decoded import Decoded, Picture
 from twotower.model_config import ModelConfig
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, PixelNorm, Tower
 
@@ -64,8 +65,10 @@ class SquareTransform:
     """Squash to a square of uint8 (3, size, size)."""
 
     size: int = 16
+    side: int = 0
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, picture: Picture) -> Tensor:
+        image = Image.fromarray(picture.pixels) if isinstance(picture, Decoded) else picture
         pixels = np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

@@ -33,6 +33,11 @@ class ModelConfig(Choice):
         0.9, "smallest share of a picture's area that a random training crop keeps", gt=0, le=1
     )
     flip: bool = setting(False, "mirror every second training picture")
+    exact: bool = setting(
+        False,
+        "decode JPEGs in full, for the pixels of OpenAI's transform; else large ones to at least "
+        "twice the tower's input, which is quicker",
+    )
 
 
 @dataclass(kw_only=True)

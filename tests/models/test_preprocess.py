@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    RandomResizedCrop,
+    Resize,
+)
 
+from twotower.decoded import Decoded
 from twotower.model_config import ModelConfig
 from twotower.models.preprocess import EvalTransform, ImageInput, Interpolation, TrainTransform
 
@@ -36,6 +43,37 @@ def test_eval_equals_torchvision_on_pil(width: int, height: int, way: Interpolat
     difference = (ours.int() - reference.int()).abs()
     assert difference.float().mean() < 0.1
     assert difference.max() <= 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(1001, 667), (640, 480), (333, 1201)])
+def test_a_picture_that_was_decoded_smaller_is_cropped_as_the_whole(
+    width: int, height: int
+) -> None:
+    image = photograph(width, height)
+    small = np.array(image.resize((-(-width // 2), -(-height // 2)), Image.Resampling.BOX))
+    decoded = Decoded(small, (height, width))
+    difference = EvalTransform(64)(decoded).int() - EvalTransform(64)(image).int()
+    assert difference.abs().float().mean() < 2
+    for seed in range(5):
+        made = []
+        for picture in (image, decoded):
+            torch.manual_seed(seed)
+            made.append(TrainTransform(48, min_scale=0.3, flip=True)(picture).int())
+        # Half a pixel of rounding at the edges of the crop; other crops differ by more than 20.
+        assert (made[0] - made[1]).abs().float().mean() < 4
+
+
+def test_the_smallest_crop_of_what_decoding_leaves_has_twice_the_pixels() -> None:
+    transform = TrainTransform(48, min_scale=0.3, exact=False)
+    side = transform.side
+    smallest = [side] * 2
+    for seed in range(200):
+        torch.manual_seed(seed)
+        whole = torch.empty(3, side, side, device="meta")
+        box = RandomResizedCrop.get_params(whole, [0.3, 1.0], [3 / 4, 4 / 3])
+        smallest = [min(pair) for pair in zip(smallest, box[2:], strict=True)]
+    assert min(smallest) >= 2 * 48 and min(smallest) < 3 * 48
+    assert TrainTransform(48).side == EvalTransform(48).side == 0
 
 
 def test_a_strip_is_cut_before_it_is_resized() -> None:
@@ -72,7 +110,9 @@ def test_image_input_survives_json_and_transforms_survive_pickle() -> None:
         size=48, mean=(0.1, 0.2, 0.3), std=(1, 2, 3), interpolation=Interpolation.bilinear
     )
     assert ImageInput.from_json(image_input.to_json()) == image_input
-    made = image_input.train_transform(ModelConfig(crop_min_scale=0.7, flip=True))
+    made = image_input.train_transform(ModelConfig(crop_min_scale=0.7, flip=True, exact=True))
     assert made == TrainTransform(48, Interpolation.bilinear, min_scale=0.7, flip=True)
     assert pickle.loads(pickle.dumps(made)) == made
-    assert image_input.eval_transform() == EvalTransform(48, Interpolation.bilinear)
+    made_exact = image_input.eval_transform(ModelConfig(exact=True))
+    assert made_exact == EvalTransform(48, Interpolation.bilinear, exact=True)
+    assert image_input.eval_transform(ModelConfig()).side == 96

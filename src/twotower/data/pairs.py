@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from twotower.config import DataConfig
-from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.images import UnreadableImage, transformed
 from twotower.data.table import SCHEMA, Pair, PairTable
+from twotower.decoded import ImageTransform
 from twotower.registry import Registry
 from twotower.settings import ConfigError
 from twotower.train_config import Pairing
@@ -86,7 +87,7 @@ class ImageTextDataset(Dataset[Sample]):
     def __init__(
         self,
         pairs: PairTable,
-        transform: Callable[[Image], Tensor],
+        transform: ImageTransform,
         *,
         seed: int = 0,
         pairing: Pairing = Pairing.one,
@@ -119,8 +120,8 @@ class ImageTextDataset(Dataset[Sample]):
             row = int(self.owner[candidate])
             path = self.pairs.path(row)
             try:
-                name = f"image/{self.seed}/{self.epoch}/{candidate}"
-                image = drawn(self.transform, decode_image(path), name)
+                with own_random_numbers(f"image/{self.seed}/{self.epoch}/{candidate}"):
+                    image = transformed(path, self.transform)
             except UnreadableImage as error:
                 passed_over.append(Unreadable(str(path), str(error)))
                 continue
@@ -148,14 +149,15 @@ def caption_number(caption: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def drawn(transform: Callable[[Image], Tensor], image: Image, name: str) -> Tensor:
-    """A random transform of a picture, with random numbers of its own that the name decides.
+@contextmanager
+def own_random_numbers(name: str) -> Iterator[None]:
+    """Within it torch draws the numbers that the name decides, and leaves its state as it was.
 
-    So a picture looks the same whichever worker or rank loads it, and in a resumed run.
+    So a picture is cropped the same whichever worker or rank loads it, and in a resumed run.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
-        return transform(image)
+        yield
 
 
 def trim_padding(tokens: Tensor, pad_id: int) -> Tensor:

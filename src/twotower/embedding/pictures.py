@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.images import UnreadableImage, transformed
 from twotower.data.pairs import PairTable
 from twotower.data.workers import plain_signals
 from twotower.models.dual_encoder import ImageTransform
@@ -48,7 +48,7 @@ def read_picture(source: Picture, transform: ImageTransform) -> Tensor | str:
     """One picture as uint8 (3, H, W), or the reason why it cannot be read."""
     try:
         picture = _from_array(source) if isinstance(source, np.ndarray) else source
-        return transform(decode_image(picture))
+        return transformed(picture, transform)
     except UnreadableImage as error:
         return str(error)
     # A transform may fail on a picture of a shape that nobody thought of; one file in a million

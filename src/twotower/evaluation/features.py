@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from twotower.config import EvaluateConfig
 from twotower.console import ProgressLine
-from twotower.data.images import UnreadableImage, decode_image
-from twotower.data.pairs import PairTable, drawn
+from twotower.data.images import UnreadableImage, transformed
+from twotower.data.pairs import PairTable, own_random_numbers
 from twotower.data.workers import plain_signals
+from twotower.decoded import ImageTransform
 from twotower.distributed import all_gather_objects, is_main_process, rank, shard_range, world_size
 from twotower.models.dual_encoder import DualEncoder
 from twotower.settings import ConfigError
@@ -28,14 +28,14 @@ class PictureInputs(Dataset["Tensor | None"]):
     """The image tower's input of each row: a transformed picture, or None if it cannot be read."""
 
     pairs: PairTable
-    transform: Callable[[Image], Tensor]
+    transform: ImageTransform
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, row: int) -> Tensor | None:
         try:
-            return self.transform(decode_image(self.pairs.path(row)))
+            return transformed(self.pairs.path(row), self.transform)
         except UnreadableImage:
             return None
 
@@ -47,11 +47,8 @@ class PictureViews(PictureInputs):
     view: int
 
     def __getitem__(self, row: int) -> Tensor | None:
-        try:
-            picture = decode_image(self.pairs.path(row))
-        except UnreadableImage:
-            return None
-        return drawn(self.transform, picture, f"view/{self.view}/{row}")
+        with own_random_numbers(f"view/{self.view}/{row}"):
+            return super().__getitem__(row)
 
 
 @dataclass(frozen=True)

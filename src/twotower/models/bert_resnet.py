@@ -104,7 +104,7 @@ def build_bert_resnet(
     return ModelBundle(
         model=model,
         train_transform=image_input.train_transform(config),
-        eval_transform=image_input.eval_transform(),
+        eval_transform=image_input.eval_transform(config),
         tokenizer=tokenizer,
         config=config,
         assets=kept,

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from torch import Tensor, nn
 
+from twotower.decoded import ImageTransform
 from twotower.model_config import ModelConfig
 from twotower.registry import Registry
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # same: clipped so that logits are never scaled by more than 100
-
-ImageTransform = Callable[[Image], Tensor]
 
 
 class Tokenizer(Protocol):

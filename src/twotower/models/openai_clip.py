@@ -166,7 +166,7 @@ def build_bundle(
     return ModelBundle(
         model=model,
         train_transform=image_input.train_transform(config),
-        eval_transform=image_input.eval_transform(),
+        eval_transform=image_input.eval_transform(config),
         tokenizer=OpenAITokenizer(architecture.context_length),
         config=config,
         assets={

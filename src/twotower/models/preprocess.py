@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from torch import Tensor
 
 from twotower.checkpoint.clip import OPENAI_MEAN, OPENAI_STD
+from twotower.decoded import Decoded, Picture
 from twotower.model_config import ModelConfig
 from twotower.models.dual_encoder import PixelNorm
 
+SPARE = 2  # pixels of a picture that is decoded smaller, to each pixel of its square
+RATIOS = (3 / 4, 4 / 3)  # width to height of random crops
 WIDEST = 100  # long side over short side that is resized whole; of a longer strip, the middle
 
 
@@ -27,9 +30,11 @@ class Interpolation(enum.Enum):
     bilinear = "bilinear"
 
 
-def _pixels(image: Image) -> Tensor:
-    """An RGB picture as uint8 (1, 3, H, W) in PIL's memory order, where torch resizes fast."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+def _pixels(picture: Picture) -> tuple[Tensor, int, int]:
+    """As uint8 (1, 3, h, w) in PIL's memory order, where torch resizes fast; the file's size."""
+    if not isinstance(picture, Decoded):
+        picture = Decoded(np.array(picture), (picture.height, picture.width))
+    return torch.from_numpy(picture.pixels).permute(2, 0, 1).unsqueeze(0), *picture.size
 
 
 def _resize(pixels: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
@@ -41,16 +46,25 @@ def _resize(pixels: Tensor, height: int, width: int, interpolation: Interpolatio
 class EvalTransform:
     """RGB picture -> uint8 (3, size, size): short side to `size`, then the centre, as in CLIP.
 
-    The crop is torchvision's `Resize(size)` and `CenterCrop(size)` to the pixel.
+    The crop is torchvision's `Resize(size)` and `CenterCrop(size)` to the pixel, also of a picture
+    that was decoded smaller than it is in its file.
+
+    Attributes:
+        exact: wants every pixel of a file; else decoding may leave its shorter side `side` pixels.
     """
 
     size: int
     interpolation: Interpolation = Interpolation.bicubic
+    exact: bool = True
 
-    def __call__(self, image: Image) -> Tensor:
+    @property
+    def side(self) -> int:
+        """Pixels that the shorter side of a decoded picture must keep; 0 is all."""
+        return 0 if self.exact else SPARE * self.size
+
+    def __call__(self, picture: Picture) -> Tensor:
         size = self.size
-        pixels = _pixels(_trimmed(image))
-        height, width = pixels.shape[-2:]
+        pixels, height, width = _trimmed(*_pixels(picture))
         short = min(height, width)
         height, width = int(size * height / short), int(size * width / short)
         pixels = _resize(pixels, height, width, self.interpolation)[0]
@@ -58,14 +72,15 @@ class EvalTransform:
         return pixels[:, top : top + size, left : left + size].contiguous()
 
 
-def _trimmed(image: Image) -> Image:
+def _trimmed(pixels: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
     """The middle of a picture that is extremely long, so that a strip cannot ask for gigabytes."""
-    width, height = image.size
-    longest = WIDEST * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    return image.crop((left, top, min(width, left + longest), min(height, top + longest)))
+    tall, wide = pixels.shape[-2:]
+    longest = WIDEST * min(tall, wide)
+    if max(tall, wide) <= longest:
+        return pixels, height, width
+    top, left = max(0, (tall - longest) // 2), max(0, (wide - longest) // 2)
+    pixels = pixels[..., top : top + longest, left : left + longest]
+    return pixels, pixels.shape[-2], pixels.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -75,20 +90,31 @@ class TrainTransform:
     Attributes:
         min_scale: smallest share of the picture's area that a crop keeps.
         flip: mirror every second picture; wrong where captions tell left from right.
+        exact: as for `EvalTransform`; the smallest crop keeps twice its side then.
     """
 
     size: int
     interpolation: Interpolation = Interpolation.bicubic
     min_scale: float = 0.9
     flip: bool = False
+    exact: bool = True
 
-    def __call__(self, image: Image) -> Tensor:
+    @property
+    def side(self) -> int:
+        """Pixels that the shorter side of a decoded picture must keep; 0 is all."""
+        narrowest = math.sqrt(self.min_scale * min(RATIOS))  # crop, of a square picture
+        return 0 if self.exact else math.ceil(SPARE * self.size / narrowest)
+
+    def __call__(self, picture: Picture) -> Tensor:
         from torchvision.transforms import RandomResizedCrop
 
-        top, left, height, width = RandomResizedCrop.get_params(
-            image, scale=[self.min_scale, 1.0], ratio=[3 / 4, 4 / 3]
-        )
-        pixels = _pixels(image.crop((left, top, left + width, top + height)))
+        pixels, height, width = _pixels(picture)
+        whole = torch.empty(3, height, width, device="meta")
+        box = RandomResizedCrop.get_params(whole, [self.min_scale, 1.0], list(RATIOS))
+        down, across = pixels.shape[-2] / height, pixels.shape[-1] / width
+        top, bottom = round(box[0] * down), round((box[0] + box[2]) * down)
+        left, right = round(box[1] * across), round((box[1] + box[3]) * across)
+        pixels = pixels[..., top : max(bottom, top + 1), left : max(right, left + 1)]
         pixels = _resize(pixels, self.size, self.size, self.interpolation)[0]
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
@@ -114,12 +140,14 @@ class ImageInput:
         """The first layer of an image trunk."""
         return PixelNorm(self.mean, self.std)
 
-    def eval_transform(self) -> EvalTransform:
-        return EvalTransform(self.size, self.interpolation)
+    def eval_transform(self, config: ModelConfig) -> EvalTransform:
+        """The transform of evaluation and encoding, as exact as a model section asks for."""
+        return EvalTransform(self.size, self.interpolation, config.exact)
 
     def train_transform(self, config: ModelConfig) -> TrainTransform:
         """The transform with the augmentation of a model section."""
-        return TrainTransform(self.size, self.interpolation, config.crop_min_scale, config.flip)
+        scale, flip = config.crop_min_scale, config.flip
+        return TrainTransform(self.size, self.interpolation, scale, flip, config.exact)
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "interpolation": self.interpolation.name})

@@ -19,6 +19,7 @@ from twotower.console import progress
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample, trim_padding
 from twotower.data.places import state_of
 from twotower.data.workers import plain_signals
+from twotower.decoded import Picture
 from twotower.distributed import broadcast_object, is_main_process, rank, shard_range, world_size
 from twotower.evaluation.features import PictureInputs, PictureViews, autocast, gathered
 from twotower.models.dual_encoder import ModelBundle
@@ -45,7 +46,7 @@ class CachedImages(ImageTextDataset):
         seed: int,
         pairing: Pairing = Pairing.one,
     ) -> None:
-        super().__init__(pairs, _no_transform, seed=seed, pairing=pairing)
+        super().__init__(pairs, _NoTransform(), seed=seed, pairing=pairing)
         self.views = views
 
     def __getitem__(self, item: int) -> Sample:
@@ -54,8 +55,13 @@ class CachedImages(ImageTextDataset):
         return Sample(self.views[drawing.randrange(len(self.views))][row], self.caption(item), row)
 
 
-def _no_transform(image: object) -> Tensor:
-    raise AssertionError("cached pictures are not decoded")
+class _NoTransform:
+    """Cached pictures are not decoded."""
+
+    side = 0
+
+    def __call__(self, picture: Picture) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
