@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_the_published_lists_are_the_splits(tmp_path: Path) -> None:
     pairs = load(tmp_path)
     splits = ["train"] * 6 + ["val"] * 2 + ["test", "unlisted"]
     assert pairs.table["split"].to_pylist() == splits
+
+
+def test_karpathys_file_has_the_splits_too(tmp_path: Path) -> None:
+    copy_with_header(tmp_path, "")
+    splits = ["train"] * 6 + ["val"] * 2 + ["test"]
+    images = [
+        {"filename": name, "split": split, "sentences": [{"raw": "a"}]}
+        for name, split in zip(NAMES, splits, strict=False)
+    ]
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    assert load(tmp_path).table["split"].to_pylist() == [*splits, "unlisted"]
 
 
 def test_without_lists_whole_images_are_drawn(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 import io
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.manifest import ManifestConfig, load_manifest, write_manifest
-from twotower.data.places import file_of, piece_name, read_bytes, state_of
+from twotower.data.places import file_of, piece_name, piece_names, read_bytes, state_of
 
 
 def picture(colour: str) -> bytes:
@@ -32,6 +33,15 @@ def test_a_piece_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
         decode_image(beyond)
     with pytest.raises(UnreadableImage, match="no such file"):
         decode_image(tmp_path / name)
+
+
+def test_many_names_at_once() -> None:
+    columns = [pa.chunked_array([[1, 20], [3]]), pa.chunked_array([[4, 5, 6]])]
+    names = pa.chunked_array([["a.png", "b", "ü.jpg"]])
+    assert piece_names("x/0.tar", *columns, names).to_pylist() == [
+        piece_name("x/0.tar", *row)
+        for row in zip(*(column.to_pylist() for column in (*columns, names)), strict=True)
+    ]
 
 
 def test_a_manifest_may_name_pieces(tmp_path: Path) -> None:

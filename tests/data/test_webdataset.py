@@ -14,7 +14,8 @@ from tests.helpers import HashTokenizer, SquareTransform
 from twotower.data import webdataset
 from twotower.data.images import decode_image
 from twotower.data.pairs import Collate, ImageTextDataset, PairTable
-from twotower.data.webdataset import WebdatasetConfig, expand_braces, load_webdataset
+from twotower.data.tar_names import expand_braces
+from twotower.data.webdataset import WebdatasetConfig, load_webdataset
 from twotower.settings import ConfigError
 from twotower.training.sampler import GlobalBatchSampler
 
@@ -81,7 +82,12 @@ def test_braces_stars_folders_and_tars_that_validate(home: Path) -> None:
     write_tars(home / "data", 3)
     assert expand_braces("{a,b}/{08..10}.tar")[2:4] == ["a/10.tar", "b/08.tar"]
     whole = load("data/{00000..00002}.tar").table
-    for pattern in ("data", "data/*.tar", "data/00000.tar::data/{00001,00002}.tar"):
+    for pattern in (
+        "data",
+        "data/*.tar",
+        f"file://{home}/data",
+        "data/00000.tar::data/{00001,00002}.tar",
+    ):
         assert load(pattern).table == whole
     pairs = load("data/{00000..00001}.tar", val_tars="data/00002.tar")
     assert pairs.table["split"].to_pylist() == ["train"] * 2 * SAMPLES + ["val"] * SAMPLES
@@ -137,6 +143,7 @@ def test_remote_tars_are_copied_once(home: Path) -> None:
         "there is no tar memory://bucket/set/00002.tar"
     )
     assert "cannot be opened: Protocol not known: nowhere" in refusal("nowhere://x/0.tar")
+    assert refusal("memory://none/*.tar").startswith("memory://none/*.tar has no tars")
 
 
 def test_fields_whose_types_differ_between_tars_become_text(home: Path) -> None:

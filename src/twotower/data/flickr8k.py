@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.data.karpathy import read_karpathy
 from twotower.data.pairs import DATASETS, Pair, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
 from twotower.settings import ConfigError, setting
@@ -31,8 +32,8 @@ class Flickr8kConfig(SplitConfig):
 def load_flickr8k(config: Flickr8kConfig) -> PairTable:
     """The photographs that have both a file and captions, in the order of the caption file.
 
-    The published lists are the splits train, val (dev) and test; a photograph in none of them is
-    `unlisted`. Without any list the splits are drawn.
+    The published lists (or dataset_flickr8k.json) are the splits train, val (dev) and test; a
+    photograph in none of them is `unlisted`. Without any list the splits are drawn.
 
     Raises:
         ConfigError: the pictures or the captions are not there, or a line is malformed.
@@ -89,8 +90,11 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _splits(root: Path) -> dict[str, str]:
-    """The split of each picture file, from the published lists; empty if there are none."""
-    splits = {}
+    """The split of each picture file, from the lists or Karpathy's file; empty without any."""
+    splits: dict[str, str] = {}
+    karpathy = _find(root, "dataset_flickr8k.json")
+    if karpathy is not None:
+        splits.update((image.name, image.split) for image in read_karpathy(karpathy))
     for split, name in LISTS.items():
         path = _find(root, f"Flickr_8k.{name}.txt")
         if path is not None:

@@ -12,6 +12,9 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 _PIECE = re.compile(r"(.+)#(\d+)\+(\d+)/[^/]+", re.DOTALL)
 
 
@@ -24,8 +27,22 @@ class PlaceState(NamedTuple):
 
 def piece_name(file: str, offset: int, size: int, name: str) -> str:
     """The name of `size` bytes of a file; `name` is what to call them, a path or empty."""
-    last = PurePosixPath(name).name.replace("\0", "") or "picture"
-    return f"{file}#{offset}+{size}/{last}"
+    return f"{file}#{offset}+{size}/{last_name(name)}"
+
+
+def last_name(name: str) -> str:
+    """The last part of a path as a name that no path is disturbed by."""
+    return PurePosixPath(name).name.replace("\0", "") or "picture"
+
+
+def piece_names(
+    file: str, offsets: pa.ChunkedArray, sizes: pa.ChunkedArray, names: pa.ChunkedArray
+) -> pa.ChunkedArray:
+    """`piece_name` of many pieces of one file at once; `names` are already last parts."""
+    text = pa.large_string()
+    mark, plus, slash = (pa.scalar(sign, text) for sign in (f"{file}#", "+", "/"))
+    parts = (mark, offsets.cast(text), plus, sizes.cast(text), slash, names.cast(text))
+    return pc.binary_join_element_wise(*parts, pa.scalar("", text))
 
 
 def file_of(place: str | Path) -> Path:

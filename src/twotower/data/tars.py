@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from twotower.data.places import last_name
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _table(samples: Sequence[Sample], images: Sequence[str]) -> pa.Table:
     members = [sample.members[kind] for sample, kind in zip(samples, kinds, strict=True)]
     columns = {
         "key": pa.array([sample.key for sample in samples], pa.large_string()),
-        "name": pa.array([member.name for member in members], pa.large_string()),
+        "name": pa.array([last_name(m.name) for m in members], pa.large_string()),
         "offset": pa.array([member.offset_data for member in members], pa.int64()),
         "size": pa.array([member.size for member in members], pa.int64()),
         "captions": pa.array([s.captions for s in samples], pa.list_(pa.large_string())),

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.checkpoint.atomic import replacing
 from twotower.console import progress
 from twotower.data.pairs import DATASETS, PREPARERS, PairTable
-from twotower.data.places import piece_name
+from twotower.data.places import piece_names
 from twotower.data.splits import SplitConfig, draw_splits
 from twotower.data.table import SCHEMA
+from twotower.data.tar_names import expand, filesystem, is_remote
 from twotower.data.tars import JSON, column_of, index_tar
 from twotower.settings import ConfigError, setting
 
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the index files
 TRIES = 3
-BRACES = re.compile(r"\{([^{}]*)\}")
-NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass(kw_only=True)
@@ -107,75 +106,6 @@ def load_webdataset(config: WebdatasetConfig) -> PairTable:
     return pairs if val else draw_splits(pairs, config.val_fraction, config.split_seed)
 
 
-def expand(pattern: str) -> list[str]:
-    """The tars that a pattern names, in order.
-
-    Raises:
-        ConfigError: there is none, or a folder or a file that it names is not there.
-    """
-    found: list[str] = []
-    for one in pattern.split("::"):
-        for name in expand_braces(one.strip()):
-            found += _glob(name)
-    return found
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`{08..10}.tar` -> 08.tar, 09.tar, 10.tar; `{a,b}.tar` -> a.tar, b.tar; any number of them."""
-    braces = BRACES.search(pattern)
-    if braces is None:
-        return [pattern]
-    numbers = NUMBERS.fullmatch(braces[1])
-    choices: Sequence[str] = braces[1].split(",")
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        if last < first:
-            raise ConfigError(f"{pattern}: {{{braces[1]}}} runs backwards")
-        choices = [f"{n:0{len(numbers[1])}}" for n in range(first, last + 1)]
-    before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return [name for choice in choices for name in expand_braces(before + choice + after)]
-
-
-def _is_remote(name: str) -> bool:
-    return "://" in name
-
-
-def _glob(name: str) -> list[str]:
-    """A name itself, or what its stars or its folder hold; local ones as absolute paths."""
-    if _is_remote(name):
-        if "*" not in name:
-            return [name]
-        system, path = _filesystem(name)
-        found = [system.unstrip_protocol(match) for match in sorted(system.glob(path))]
-    elif os.path.isdir(name):
-        found = sorted(str(path.absolute()) for path in Path(name).glob("*.tar"))
-    elif "*" in name:
-        import glob
-
-        found = sorted(os.path.abspath(match) for match in glob.glob(name))
-    else:
-        if not os.path.isfile(name):
-            raise ConfigError(f"there is no tar {name}; data.tars must name tars or a folder")
-        found = [os.path.abspath(name)]
-    if not found:
-        raise ConfigError(f"{name} has no tars; data.tars must name tars or a folder of them")
-    return found
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except ValueError as error:
-        raise ConfigError(f"{url} cannot be opened: {error}") from error
-    except ImportError as error:
-        raise ConfigError(
-            f"{url} cannot be opened: {error} (for http, pip install 'twotower[http]')"
-        ) from error
-    return system, path
-
-
 def _index_all(urls: Sequence[str], config: WebdatasetConfig) -> list[tuple[Path, pa.Table]]:
     """Each tar's local file and its index; one process at a time makes what is missing."""
     cache = Path(config.cache)
@@ -195,7 +125,7 @@ def _index_all(urls: Sequence[str], config: WebdatasetConfig) -> list[tuple[Path
 
 def _local(url: str, cache: Path) -> Path:
     """Where a tar lies, or the copy of a remote one will."""
-    if not _is_remote(url):
+    if not is_remote(url):
         return Path(url)
     folder, _, name = url.rpartition("/")
     return cache.absolute() / f"tars-{_short(folder)}" / name
@@ -221,7 +151,7 @@ def _make(config: WebdatasetConfig, url: str) -> pa.Table:
     if made is not None:
         return made
     tar = _local(url, Path(config.cache))
-    if _is_remote(url) and not tar.is_file():
+    if is_remote(url) and not tar.is_file():
         _fetch(url, tar)
     index = index_tar(tar, config.image_key, config.caption_key)
     with replacing(_index_path(tar, url, config)) as partial_file:
@@ -245,7 +175,7 @@ def _locked(cache: Path) -> Iterator[None]:
 
 def _fetch(url: str, copy: Path) -> None:
     """Copy a remote tar."""
-    system, path = _filesystem(url)
+    system, path = filesystem(url)
     with replacing(copy) as partial_file:
         for left in reversed(range(TRIES)):
             try:
@@ -265,14 +195,16 @@ def _short(text: str) -> str:
 
 def _standard(index: pa.Table, tar: Path, split: str) -> pa.Table:
     """An index as a table of pairs, with the fields of the JSON under their own names."""
-    places = zip(*(index[c].to_pylist() for c in ("offset", "size", "name")), strict=True)
     text = pa.large_string()
+    stem, key = pa.scalar(tar.stem, text), index["key"].cast(text)
     columns: dict[str, Any] = {
-        "filepath": pa.array([piece_name(str(tar), *place) for place in places], text),
+        "filepath": piece_names(str(tar), *(index[c] for c in ("offset", "size", "name"))),
         "captions": index["captions"].cast(SCHEMA.field("captions").type),
         "split": pa.array([split] * len(index), text),
-        "image_id": pa.array([f"{tar.stem}/{key}" for key in index["key"].to_pylist()], text),
-        "key": index["key"].cast(text),
+        "image_id": pc.binary_join_element_wise(
+            stem, index["key"].cast(text), pa.scalar("/", text)
+        ),
+        "key": key,
     }
     for name in index.column_names:
         plain = name.removeprefix(JSON)

@@ -34,7 +34,9 @@ SELECTED = "selected.parquet"
 RECORD = "downloads.tsv"
 HEADER = ("filepath", "caption", "split", "image_id", "url")
 SPLIT_FILES = {"train": "train.tsv", "val": "dev.tsv"}
-BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com/data/images/"
+BUCKET = (
+    "https://multimedia-commons.s3-us-west-2.amazonaws.com/data/images/{hash_1}/{hash_2}/{hash}.jpg"
+)
 FIELDS = ("{hash}", "{hash_1}", "{hash_2}", "{photo_id}", "{url}")
 
 
@@ -53,9 +55,9 @@ class Yfcc100mConfig(SplitConfig):
     folder: str = setting("dataset/yfcc100m", "folder of the lists, the pictures and the splits")
     texts: Texts = setting(Texts.both, "both (two captions), title or description")
     url: str = setting(
-        BUCKET + "{hash_1}/{hash_2}/{hash}.jpg",
+        "",
         "where a picture is, with {hash}, its first ({hash_1}) and next ({hash_2}) three digits, "
-        "{photo_id} or, as in the metadata, {url}",
+        "{photo_id} or, as in the metadata, {url}; empty: the bucket of Multimedia Commons",
     )
     limit: int = setting(0, "take the first so many photographs; 0 is all", ge=0)
     connections: int = setting(16, "downloads at a time", ge=1, le=256)
@@ -66,7 +68,7 @@ class Yfcc100mConfig(SplitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any(field in self.url for field in FIELDS):
+        if self.url and not any(field in self.url for field in FIELDS):
             raise ConfigError(f"data.url must hold one of {' '.join(FIELDS)}, not {self.url!r}")
 
 
@@ -105,7 +107,7 @@ def prepare_yfcc100m(config: Yfcc100mConfig) -> None:
     rows = pq.ParquetFile(selected)
     total = min(rows.metadata.num_rows, config.limit or rows.metadata.num_rows)
     jobs = (
-        Download(row["photo_id"], _url(row, config.url), root / _file(row))
+        Download(row["photo_id"], _url(row, config.url or BUCKET), root / _file(row))
         for row in _rows(rows, total)
     )
     fetcher = Fetcher(
