@@ -42,7 +42,9 @@ def export(
     """Encode the images and captions of `pairs` into the store `output`.
 
     A finished store of the same source, checkpoint and settings is reused, an unfinished one is
-    continued with the number of threads that it was begun with, another one is refused. With
+    continued with the number of threads that it was begun with, another one is refused. Several
+    exports of the same, on machines that share the folder, help each other; with
+    `encode.num_shards` one does only its own part of the shards, and the last one finishes. With
     `encode.overwrite` the store that is there stays until the new one is finished. Unreadable
     pictures are listed in the store.
 
@@ -107,7 +109,7 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
         return output
     there = Manifest.read(output)
     differences = there.differences(plan)
-    is_whole = there.complete and all(shard.is_whole(output) for shard in there.shards)
+    is_whole = there.complete and there.is_whole(output)
     if not is_whole and there.device != plan.device:
         differences.append(f"the device is {there.device} there and {plan.device} here")
     if not differences and not is_whole:

@@ -142,6 +142,10 @@ class Manifest:
         suffix = {METADATA: "parquet", DONE: "json"}.get(kind, "npy")
         return f"{kind}/{kind}_{shard:0{digits}d}.{suffix}"
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether every file of every shard is there in its full size."""
+        return all(shard.is_whole(folder) for shard in self.shards)
+
     def differences(self, other: Manifest) -> list[str]:
         """In what `other` is another encoding than this one, in the user's words."""
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ def batches_of(rows: range, batch_size: int) -> Iterator[range]:
 class ShardBatches:
     """The row numbers of every batch of several shards, made as they are asked for."""
 
-    def __init__(self, shards: Sequence[range], batch_size: int) -> None:
+    def __init__(self, shards: Iterable[range], batch_size: int) -> None:
         self.shards = shards
         self.batch_size = batch_size
 
@@ -104,7 +104,7 @@ class ShardBatches:
 def picture_batches(
     pairs: PairTable,
     transform: ImageTransform,
-    shards: Sequence[range],
+    shards: Iterable[range],
     batch_size: int,
     *,
     num_workers: int = 0,

@@ -72,9 +72,18 @@ class StoreWriter:
             there = None
         writer = cls(folder, dataclasses.replace(plan, threads=there.threads) if there else plan)
         if there and there.complete:
+            if there.is_whole(folder):  # another process has finished it in the meantime
+                return writer
             writer._reopen(there)
         writer.plan.write(folder)
         return writer
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to be written: it is finished, or removed or moved after that."""
+        try:
+            return Manifest.read(self.folder).complete
+        except ConfigError:
+            return True
 
     def _reopen(self, finished: Manifest) -> None:
         path = self.folder / ERRORS
@@ -91,6 +100,8 @@ class StoreWriter:
 
     def missing(self) -> list[int]:
         """The shards that are not there, or not whole, in order."""
+        if self.is_over():
+            return []
         shards = range(self.plan.num_shards)
         return [shard for shard in shards if not self._is_done(shard)]
 
@@ -128,9 +139,30 @@ class StoreWriter:
     ) -> None:
         """Write a shard: vectors (n, D), metadata and unreadable inputs; its record comes last.
 
+        Another process that was faster with the same shard has written the same; then, nothing is
+        done.
+
         Raises:
             ConfigError: the disk is full or the folder is not writable; whole shards stay.
         """
+        if self.is_recorded(shard) or self.is_over():
+            return
+        try:
+            self._write(shard, images, texts, metadata, errors)
+        except ConfigError:
+            if not self.is_recorded(shard) and not self.is_over():
+                raise
+        if self.is_over():  # it was finished just now, and needs no records
+            shutil.rmtree(self.folder / DONE, ignore_errors=True)
+
+    def _write(
+        self,
+        shard: int,
+        images: FloatRows | None,
+        texts: FloatRows | None,
+        metadata: pa.Table,
+        errors: Sequence[InputError],
+    ) -> None:
         files: dict[str, dict[str, int | str]] = {}
         for kind, rows in ((IMAGES, images), (TEXTS, texts)):
             if rows is None:
