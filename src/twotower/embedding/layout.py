@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from twotower.checkpoint.atomic import replacing
 from twotower.settings import ConfigError
 
 FORMAT = "twotower embedding store"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # version 1 had no fingerprint and no updates
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
@@ -32,11 +35,26 @@ FloatRows = npt.NDArray[np.float16 | np.float32]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+# What two vectors must share for their product to mean anything, in the user's words.
+_SPACE = {
+    "checkpoint_sha256": "the checkpoint (SHA-256)",
+    "preprocessing": "the preparation of pictures",
+    "tokenizer": "the tokenizer",
+    "text_length": "the tokens of a caption",
+    "normalized": "unit norm",
+    "model": "the variant",
+    "config": "the config of the model",
+}
+# What the rows of one store must share beyond that.
+_FINGERPRINT = {**_SPACE, "dtype": "encode.dtype", "precision": "encode.precision"}
+
 # What makes two encodings of different rows: the field, and what the user calls it.
 _IDENTITY = {
     "checkpoint_sha256": "the checkpoint (SHA-256)",
     "source": "the source",
     "source_fingerprint": "the source's paths and captions (fingerprint)",
+    "preprocessing": "the preparation of pictures",
+    "tokenizer": "the tokenizer",
     "rows_kind": "encode.rows",
     "images": "encode.images",
     "texts": "captions encoded (encode.texts)",
@@ -93,7 +111,8 @@ class Manifest:
         precision, device, threads: what the towers computed in, where, with how many CPU threads a
             process. With these, the grid of shards and the batch size, a rerun gives the same
             bytes.
-        model: the variant; checkpoint, checkpoint_sha256: the file and its hash.
+        model, config: the variant and its section; checkpoint, checkpoint_sha256: the file and its
+            hash; preprocessing, tokenizer: how pictures and captions become the towers' inputs.
         source, source_fingerprint: the data's name and a hash over its paths, captions and columns.
         shards: the finished shards in order.
     """
@@ -115,6 +134,9 @@ class Manifest:
     device: str = "cpu"
     threads: int = 0
     model: str = ""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: str = ""
+    tokenizer: str = ""
     checkpoint: str = ""
     checkpoint_sha256: str = ""
     source: str = ""
@@ -146,18 +168,78 @@ class Manifest:
         """Whether every file of every shard is there in its full size."""
         return all(shard.is_whole(folder) for shard in self.shards)
 
+    @property
+    def space(self) -> str:
+        """SHA-256 of all that two vectors must share for their product to mean anything."""
+        return self._hash(_SPACE)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the rows of one store share: the space, and the precision."""
+        return self._hash(_FINGERPRINT)
+
+    def _hash(self, names: Iterable[str]) -> str:
+        about = {name: getattr(self, name) for name in names}
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
     def differences(self, other: Manifest) -> list[str]:
-        """In what `other` is another encoding than this one, in the user's words."""
+        """In what `other` is another encoding than this one, in the user's words.
+
+        How a checkpoint prepares its inputs is known only once it is loaded; before, it is empty.
+        """
+        late = ("preprocessing", "tokenizer")
+        known = {n: w for n, w in _IDENTITY.items() if n not in late or self._both(other, n)}
+        return self._differences(other, known)
+
+    def _both(self, other: Manifest, name: str) -> bool:
+        return bool(getattr(self, name) and getattr(other, name))
+
+    def _differences(self, other: Manifest, names: dict[str, str]) -> list[str]:
         return [
             f"{words} is {getattr(self, name)} there and {getattr(other, name)} here"
-            for name, words in _IDENTITY.items()
+            for name, words in names.items()
             if getattr(self, name) != getattr(other, name)
         ]
 
+    def check_fingerprint(self, mine: str, other: Manifest, others: str) -> None:
+        """Refuse to put rows together that were made in different ways.
+
+        Args:
+            mine: what to call the store of this manifest; others: that of the other one.
+
+        Raises:
+            ConfigError: the fingerprints differ.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise ConfigError(
+                f"{mine} has the fingerprint {self.fingerprint[:16]} and {others} "
+                f"{other.fingerprint[:16]}, so their rows cannot be compared: "
+                f"{'; '.join(self._differences(other, _FINGERPRINT))}"
+            )
+
+    def check_space(self, store: Path, description: Mapping[str, Any], whose: str) -> None:
+        """Refuse queries that were made in another way than the rows of a store.
+
+        Args:
+            store: the folder of this manifest; description: `Encoder.description` of what makes
+                the queries; whose: what to call that.
+
+        Raises:
+            ConfigError: they do not live in one space.
+        """
+        other = dataclasses.replace(self, **description)
+        if self.preprocessing and self.space != other.space:
+            raise ConfigError(
+                f"the store {store} has the fingerprint {self.space[:16]} and {whose} "
+                f"{other.space[:16]}, so they cannot be compared: "
+                f"{'; '.join(self._differences(other, _SPACE))}; encode again with "
+                "encode.overwrite=true"
+            )
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""
-        plain = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        write_json(folder / MANIFEST, plain)
+        about = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+        write_json(folder / MANIFEST, {**about, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -176,16 +258,23 @@ class Manifest:
             raise ConfigError(f"{path} is not the manifest of an embedding store") from error
         if named != FORMAT:
             raise ConfigError(f"{path} is not the manifest of an embedding store")
-        if version != VERSION:
+        if version not in READABLE:
             raise ConfigError(
                 f"{folder} is a store of version {version}, and this twotower reads version "
                 f"{VERSION}; encode it again"
             )
         try:
+            fingerprint = plain.pop("fingerprint", "")
             shards = tuple(Shard(**shard) for shard in plain.pop("shards"))
-            return cls(**plain, shards=shards)
+            manifest = cls(**plain, shards=shards)
         except (LookupError, TypeError) as error:
             raise ConfigError(f"{path} lacks or has too many entries; encode again") from error
+        if fingerprint and fingerprint != manifest.fingerprint:
+            raise ConfigError(
+                f"{path} has the fingerprint {fingerprint[:16]} and entries of "
+                f"{manifest.fingerprint[:16]}: it was changed after it was written; encode again"
+            )
+        return manifest
 
 
 def write_json(path: Path, plain: Any) -> None:

@@ -169,15 +169,9 @@ def _num_threads(count: int) -> Iterator[None]:
 
 def _begin(job: ExportJob, encoder: Encoder) -> tuple[StoreWriter, list[int]]:
     """The store in the making and the shards that this job is to do; says what is kept."""
-    wanted = dataclasses.replace(
-        job.plan,
-        dim=encoder.dim,
-        text_length=encoder.text_length,
-        model=encoder.bundle.config.registered_name,
-        threads=torch.get_num_threads(),
-    )
+    wanted = dataclasses.replace(job.plan, **encoder.description(), threads=torch.get_num_threads())
     with Claims(job.folder) as claims, claims.holding("begin"):
-        writer = StoreWriter.begin(job.folder, wanted)
+        writer = StoreWriter.begin(job.folder, wanted, anew=job.folder != job.output)
         plan, missing = writer.plan, writer.missing()
     done = plan.num_shards - len(missing)
     if 0 < done < plan.num_shards:

@@ -61,13 +61,25 @@ class StoreWriter:
     plan: Manifest
 
     @classmethod
-    def begin(cls, folder: Path, plan: Manifest) -> StoreWriter:
+    def begin(cls, folder: Path, plan: Manifest, *, anew: bool = False) -> StoreWriter:
         """Write the plan; what was begun with the same one is continued with its number of threads.
 
-        Another plan's files are removed; a finished store that lost a file gives its whole shards.
+        A finished store that lost a file gives its whole shards.
+
+        Args:
+            anew: another plan's files are removed, for the folder is that of a replacement.
+
+        Raises:
+            ConfigError: the files of another plan are there.
         """
         there = Manifest.read(folder) if (folder / MANIFEST).exists() else None
-        if there and (there.differences(plan) or there.device != plan.device):
+        differences = there.differences(plan) if there else []
+        if differences and not anew:
+            raise ConfigError(
+                f"{folder} holds another encoding: {'; '.join(differences)}; choose another folder "
+                "with encode.output=..., or replace it with encode.overwrite=true"
+            )
+        if there and (differences or there.device != plan.device):
             clear(folder)
             there = None
         writer = cls(folder, dataclasses.replace(plan, threads=there.threads) if there else plan)

@@ -78,6 +78,7 @@ def open_searcher(config: Config) -> Searcher:
     checkpoint = checkpoint_of(store, config.checkpoint)
     # One query at a time, so no batch to pad.
     encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=1)
+    store.manifest.check_space(store.folder, encoder.description(), f"the checkpoint {checkpoint}")
     return Searcher(encoder, store, open_index(config.index, store, config.seed))
 
 
