@@ -42,11 +42,24 @@ class EncodeConfig(Section):
     num_workers: int = setting(0, "processes a rank that load images", ge=0)
     shard: int = setting(0, "do only the shards that are this modulo num_shards", ge=0)
     num_shards: int = setting(1, "jobs that share the work, one a value of shard", ge=1)
+    update: bool = setting(False, "encode only what has changed since the store was finished")
     overwrite: bool = setting(False, "encode a finished store anew")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.update and self.overwrite:
+            raise ConfigError("encode.update and encode.overwrite are both true; choose one")
         if self.shard >= self.num_shards:
             raise ConfigError(
                 f"encode.shard must be below encode.num_shards={self.num_shards}, not {self.shard}"
             )
+
+
+@dataclass(kw_only=True)
+class StoresConfig(Section):
+    """What `twotower store` does with finished stores."""
+
+    section: ClassVar[str] = "stores"
+
+    inputs: list[str] = setting([], "the stores that `store merge` joins")
+    sample: int = setting(64, "rows that `store verify` encodes again", ge=0)

@@ -69,8 +69,8 @@ def test_three_ranks_write_the_bytes_of_one(
         one, three = contents(tmp_path / "one" / name), contents(tmp_path / "three" / name)
         assert list(one) == list(three)
         assert [path for path in one if one[path] != three[path]] == []
-        # 7 shards of image vectors, caption vectors and metadata, the errors and the manifest.
-        assert len(one) == 7 * 3 + 2
+        # 7 shards of image vectors, caption vectors and metadata; errors, source and manifest.
+        assert len(one) == 7 * 3 + 3
         rows = EmbeddingStore.open(tmp_path / "three" / name).row_ids()
         assert (np.diff(rows) > 0).all()
 
@@ -424,6 +424,10 @@ def test_the_manifest_says_how_the_store_was_made(
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": "5feceb66ffc86f38d952786c6d696c79c2dbc239dd4e91b46729d73a27fb57e9",
         "source": "squares",
+        "state": "source.parquet",
+        "next_row_id": 101,
+        "updates": 0,
+        "deleted": 0,
     }
     assert len(fingerprint) == 64
     assert [shard["rows"] for shard in shards] == [11, 15, 11, 16, 16, 16, 4]

@@ -16,6 +16,7 @@ from twotower.data.pairs import PairTable
 from twotower.embedding import layout, writer
 from twotower.embedding.encoder import Encoder, described
 from twotower.embedding.export import export
+from twotower.embedding.fingerprint import check_fingerprint, check_space
 from twotower.embedding.store import EmbeddingStore
 from twotower.encode_config import EncodeConfig, Rows
 from twotower.settings import ConfigError
@@ -165,11 +166,11 @@ def test_rows_of_two_fingerprints_never_meet(folder: Path, checkpoint: Path) -> 
     manifest = EmbeddingStore.open(folder).manifest
     assert json.loads((folder / "manifest.json").read_text())["fingerprint"] == manifest.fingerprint
     encoder = Encoder.load(checkpoint, batch_size=5)
-    manifest.check_space(folder, encoder.description(), "the encoder")
+    check_space(manifest, folder, encoder.description(), "the encoder")
     # The same checkpoint, but code that prepares pictures in another way.
     encoder.bundle.eval_transform = SquareTransform(17)
     with pytest.raises(ConfigError) as refused:
-        manifest.check_space(folder, encoder.description(), "the encoder")
+        check_space(manifest, folder, encoder.description(), "the encoder")
     other = dataclasses.replace(manifest, preprocessing="SquareTransform(size=17)")
     for part in (manifest.space[:16], other.space[:16], "size=16", "size=17", "the encoder"):
         assert part in str(refused.value)
@@ -179,7 +180,7 @@ def test_rows_of_two_fingerprints_never_meet(folder: Path, checkpoint: Path) -> 
     with pytest.raises(
         ConfigError, match="encode.precision is fp32 there and bf16 here"
     ) as refused:
-        manifest.check_fingerprint("a", wide, "b")
+        check_fingerprint(manifest, "a", wide, "b")
     assert manifest.fingerprint[:16] in str(refused.value)
     assert wide.fingerprint[:16] in str(refused.value)
 

@@ -26,9 +26,25 @@ ERRORS = "errors.parquet"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 # One file a finished shard while a store is being made; the manifest takes them over.
 DONE = "shards"
+# What each image of the source was when it was encoded; in the making, one such file a shard.
+SOURCE, STATES = "source.parquet", "states"
+DELETED = "deleted.npy"
 
 ERROR_SCHEMA = pa.schema(
     [("source_row", pa.int64()), ("path", pa.string()), ("reason", pa.string())]
+)
+
+STATE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.large_string()),
+        ("row_id", pa.int64()),  # of the image's first row
+        ("rows", pa.int64()),  # if it can be read
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("sha256", pa.string()),
+        ("about", pa.string()),  # a hash of its captions and columns
+        ("reason", pa.string()),  # why it cannot be read; empty if it can
+    ]
 )
 
 FloatRows = npt.NDArray[np.float16 | np.float32]
@@ -36,7 +52,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 # What two vectors must share for their product to mean anything, in the user's words.
-_SPACE = {
+SPACE = {
     "checkpoint_sha256": "the checkpoint (SHA-256)",
     "preprocessing": "the preparation of pictures",
     "tokenizer": "the tokenizer",
@@ -46,7 +62,7 @@ _SPACE = {
     "config": "the config of the model",
 }
 # What the rows of one store must share beyond that.
-_FINGERPRINT = {**_SPACE, "dtype": "encode.dtype", "precision": "encode.precision"}
+FINGERPRINT = {**SPACE, "dtype": "encode.dtype", "precision": "encode.precision"}
 
 # What makes two encodings of different rows: the field, and what the user calls it.
 _IDENTITY = {
@@ -84,6 +100,10 @@ class Shard:
     errors: int
     files: dict[str, dict[str, int | str]]
 
+    def file(self, kind: str) -> str:
+        """Its file of one kind (`img_emb`), a path in the store."""
+        return next(name for name in self.files if name.startswith(f"{kind}/"))
+
     def is_whole(self, folder: Path) -> bool:
         """Whether every file is there in its full size."""
         try:
@@ -114,6 +134,9 @@ class Manifest:
         model, config: the variant and its section; checkpoint, checkpoint_sha256: the file and its
             hash; preprocessing, tokenizer: how pictures and captions become the towers' inputs.
         source, source_fingerprint: the data's name and a hash over its paths, captions and columns.
+        state: the file that says what each image was when it was encoded; empty if unknown.
+        next_row_id: the first id that no row has had. updates: how often the store was updated;
+            beyond 0, rows no longer follow the grid. deleted: so many ids of `deleted.npy` count.
         shards: the finished shards in order.
     """
 
@@ -141,6 +164,10 @@ class Manifest:
     checkpoint_sha256: str = ""
     source: str = ""
     source_fingerprint: str = ""
+    state: str = ""
+    next_row_id: int = 0
+    updates: int = 0
+    deleted: int = 0
     shards: tuple[Shard, ...] = ()
 
     @property
@@ -153,6 +180,11 @@ class Manifest:
         """Shards of the finished store."""
         return -(-self.source_rows // self.shard_rows)
 
+    @property
+    def has_dead_rows(self) -> bool:
+        """Whether files hold rows that an update has deleted or replaced."""
+        return self.rows < sum(shard.rows for shard in self.shards)
+
     def shard_range(self, shard: int) -> range:
         """The source rows of a shard."""
         first = shard * self.shard_rows
@@ -161,7 +193,7 @@ class Manifest:
     def path(self, kind: str, shard: int) -> str:
         """A shard's file in the store, for example `img_emb/img_emb_0000.npy`."""
         digits = max(4, len(str(self.num_shards - 1)))
-        suffix = {METADATA: "parquet", DONE: "json"}.get(kind, "npy")
+        suffix = {METADATA: "parquet", STATES: "parquet", DONE: "json"}.get(kind, "npy")
         return f"{kind}/{kind}_{shard:0{digits}d}.{suffix}"
 
     def is_whole(self, folder: Path) -> bool:
@@ -171,12 +203,12 @@ class Manifest:
     @property
     def space(self) -> str:
         """SHA-256 of all that two vectors must share for their product to mean anything."""
-        return self._hash(_SPACE)
+        return self._hash(SPACE)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that the rows of one store share: the space, and the precision."""
-        return self._hash(_FINGERPRINT)
+        return self._hash(FINGERPRINT)
 
     def _hash(self, names: Iterable[str]) -> str:
         about = {name: getattr(self, name) for name in names}
@@ -189,52 +221,18 @@ class Manifest:
         """
         late = ("preprocessing", "tokenizer")
         known = {n: w for n, w in _IDENTITY.items() if n not in late or self._both(other, n)}
-        return self._differences(other, known)
+        return self.differences_in(other, known)
 
     def _both(self, other: Manifest, name: str) -> bool:
         return bool(getattr(self, name) and getattr(other, name))
 
-    def _differences(self, other: Manifest, names: dict[str, str]) -> list[str]:
+    def differences_in(self, other: Manifest, names: Mapping[str, str]) -> list[str]:
+        """The same of some fields, by what the user calls them."""
         return [
             f"{words} is {getattr(self, name)} there and {getattr(other, name)} here"
             for name, words in names.items()
             if getattr(self, name) != getattr(other, name)
         ]
-
-    def check_fingerprint(self, mine: str, other: Manifest, others: str) -> None:
-        """Refuse to put rows together that were made in different ways.
-
-        Args:
-            mine: what to call the store of this manifest; others: that of the other one.
-
-        Raises:
-            ConfigError: the fingerprints differ.
-        """
-        if self.fingerprint != other.fingerprint:
-            raise ConfigError(
-                f"{mine} has the fingerprint {self.fingerprint[:16]} and {others} "
-                f"{other.fingerprint[:16]}, so their rows cannot be compared: "
-                f"{'; '.join(self._differences(other, _FINGERPRINT))}"
-            )
-
-    def check_space(self, store: Path, description: Mapping[str, Any], whose: str) -> None:
-        """Refuse queries that were made in another way than the rows of a store.
-
-        Args:
-            store: the folder of this manifest; description: `Encoder.description` of what makes
-                the queries; whose: what to call that.
-
-        Raises:
-            ConfigError: they do not live in one space.
-        """
-        other = dataclasses.replace(self, **description)
-        if self.preprocessing and self.space != other.space:
-            raise ConfigError(
-                f"the store {store} has the fingerprint {self.space[:16]} and {whose} "
-                f"{other.space[:16]}, so they cannot be compared: "
-                f"{'; '.join(self._differences(other, _SPACE))}; encode again with "
-                "encode.overwrite=true"
-            )
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""

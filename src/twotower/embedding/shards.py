@@ -16,7 +16,13 @@ from twotower.distributed import is_main_process, rank, shard_range, world_size
 from twotower.embedding.claims import SECONDS_BETWEEN_LOOKS, Claims
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.layout import FloatRows
-from twotower.embedding.pictures import PictureBatch, batches_of, picture_batches
+from twotower.embedding.pictures import (
+    FileState,
+    PictureBatch,
+    batches_of,
+    name_of_row,
+    picture_batches,
+)
 from twotower.embedding.rows import RowGrid, Slots
 from twotower.embedding.writer import InputError, StoreWriter
 from twotower.encode_config import EncodeConfig
@@ -104,7 +110,7 @@ class ShardEncoder:
         plan = self._writer.plan
         if not plan.images:
             for rows in queue:
-                self._commit(queue, None, {})
+                self._commit(queue, None, {}, [])
                 line.advance(len(rows))
             return
         batches = picture_batches(
@@ -118,11 +124,17 @@ class ShardEncoder:
         for first in batches:
             others.mine.add(queue.claimed[0])
             rows = plan.shard_range(queue.claimed[0])
-            images, reasons = self._image_rows(chain([first], batches), rows, line)
-            self._commit(queue, images, reasons)
+            images, reasons, files = self._image_rows(chain([first], batches), rows, line)
+            self._commit(queue, images, reasons, files)
             others.look(queue)
 
-    def _commit(self, queue: ShardQueue, images: FloatRows | None, reasons: dict[int, str]) -> None:
+    def _commit(
+        self,
+        queue: ShardQueue,
+        images: FloatRows | None,
+        reasons: dict[int, str],
+        files: list[FileState],
+    ) -> None:
         """Write the oldest claimed shard; its pictures' vectors stand in the places of its rows."""
         plan, shard = self._writer.plan, queue.claimed[0]
         rows = plan.shard_range(shard)
@@ -134,26 +146,32 @@ class ShardEncoder:
             None if images is None else images[slots.source_rows[keep] - rows.start],
             None if texts is None else texts[keep],
             self._grid.metadata(slots, keep),
-            [InputError(row, str(self._pairs.path(row)), reasons[row]) for row in sorted(reasons)],
+            self._grid.states(rows, files, reasons),
+            [
+                InputError(row, name_of_row(self._pairs, row), reasons[row])
+                for row in sorted(reasons)
+            ],
         )
         queue.claimed.popleft()
         queue.done(shard)
 
     def _image_rows(
         self, batches: Iterator[PictureBatch], rows: range, line: ProgressLine
-    ) -> tuple[FloatRows, dict[int, str]]:
-        """The vectors (n, D) of a shard's pictures, and why a source row has none."""
+    ) -> tuple[FloatRows, dict[int, str], list[FileState]]:
+        """The vectors (n, D) of a shard's pictures, why a source row has none, and the files."""
         plan = self._writer.plan
         vectors: FloatRows = np.zeros((len(rows), plan.dim), plan.numpy_dtype)
         reasons: dict[int, str] = {}
+        files: list[FileState] = []
         for places in batches_of(rows, plan.batch_size):
             batch = next(batches)
             if batch.pixels is not None:
                 first = places.start - rows.start
                 vectors[first : first + len(places)] = self._encoder.encode_batch(batch)
             reasons.update({places[place]: reason for place, reason in batch.reasons.items()})
+            files += batch.states
             line.advance(len(places))
-        return vectors, reasons
+        return vectors, reasons, files
 
     def _text_rows(self, slots: Slots) -> FloatRows:
         """The vectors (n, D) of a shard's captions, also of unreadable pictures: none shifts."""

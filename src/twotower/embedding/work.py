@@ -20,10 +20,12 @@ from twotower.data.pairs import PairTable
 from twotower.distributed import Stopped, is_main_process, on_main, resolve_device, world_size
 from twotower.embedding.claims import Claims
 from twotower.embedding.encoder import Encoder
+from twotower.embedding.folders import replace_store
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.shards import ShardEncoder
-from twotower.embedding.writer import StoreWriter, replace_store
+from twotower.embedding.writer import StoreWriter
 from twotower.encode_config import EncodeConfig
+from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class ExportResult:
         encoded: images of the source that this run worked on; the rest was kept from an earlier
             run.
         seconds: time of that work over all processes, without loading the model.
+        update: what an update has found, in words.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class ExportResult:
     reused: bool = False
     encoded: int = 0
     seconds: float = 0.0
+    update: str = ""
 
     def sentence(self) -> str:
         """The result in words."""
@@ -62,6 +66,11 @@ class ExportResult:
                 f"kept the store {self.folder}: {what}; it holds this source and checkpoint "
                 "already (encode.overwrite=true encodes anew)"
             )
+        if self.update:
+            return (
+                f"found {self.update} images and encoded {self.encoded:,} in {self.seconds:,.1f} s;"
+                f" the store {self.folder} has {what}"
+            )
         kept = done.source_rows - self.encoded
         rate = self.encoded / max(self.seconds, 1e-9)
         resumed = f"; {kept:,} images were done before" if kept else ""
@@ -76,7 +85,7 @@ class ExportJob:
     """Everything that a rank needs, finished before the ranks start.
 
     `folder` is where the shards are written: `output`, or `<output>.new` while an older store is
-    replaced.
+    replaced. `part`: what is written goes into another store and is removed then.
     """
 
     checkpoint: Path
@@ -86,6 +95,7 @@ class ExportJob:
     plan: Manifest
     encode: EncodeConfig
     distributed: DistributedConfig
+    part: bool = False
 
 
 def run_export(job: ExportJob) -> ExportResult | None:
@@ -103,6 +113,8 @@ def run_export(job: ExportJob) -> ExportResult | None:
     )
     writer, missing = on_main(_begin, job, encoder)
     plan = writer.plan
+    if plan.source_fingerprint != job.plan.source_fingerprint:
+        raise ConfigError("the source has changed since the first process looked; run this again")
     started = time.monotonic()
     with _stopping_at_once(), _num_threads(plan.threads), Claims(job.folder) as claims:
         ShardEncoder(encoder, job.pairs, job.encode, writer).run(claims, missing)
@@ -127,9 +139,10 @@ def _finish(job: ExportJob, writer: StoreWriter, claims: Claims) -> Manifest:
             writer.finish()
         if job.folder != job.output and (job.folder / MANIFEST).exists():
             replace_store(job.output)
-        manifest = Manifest.read(job.output)
         claims.clear()
-        return manifest
+        if job.part and not (job.output / MANIFEST).exists():  # another has used and removed it
+            return dataclasses.replace(job.plan, complete=True)
+        return Manifest.read(job.output)
 
 
 @contextmanager
@@ -171,7 +184,8 @@ def _begin(job: ExportJob, encoder: Encoder) -> tuple[StoreWriter, list[int]]:
     """The store in the making and the shards that this job is to do; says what is kept."""
     wanted = dataclasses.replace(job.plan, **encoder.description(), threads=torch.get_num_threads())
     with Claims(job.folder) as claims, claims.holding("begin"):
-        writer = StoreWriter.begin(job.folder, wanted, anew=job.folder != job.output)
+        anew = job.part or job.folder != job.output
+        writer = StoreWriter.begin(job.folder, wanted, anew=anew, may_be_empty=job.part)
         plan, missing = writer.plan, writer.missing()
     done = plan.num_shards - len(missing)
     if 0 < done < plan.num_shards:
