@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a variant (model=...) on a data set (data=...)",
     "evaluate": "measure a checkpoint's retrieval on a split: recall both ways, median rank",
     "encode": "turn images and captions into an embedding store, on one or many processes",
+    "store": "look at a store (store info), verify, merge or compact stores",
     "search": "find pictures by words (query=...) or by a picture (query_image=...)",
     "benchmark": "compare the exact index with FAISS indexes on the same store and queries",
     "compare": "put the measurements of all runs into one table: which variant wins",
@@ -29,6 +30,7 @@ FREE_TEXT = ("query", "query_image", "filter", "path")
 READS = {
     "prepare": ("verb",),
     "encode": ("path",),
+    "store": ("verb", "path"),
     "search": ("query", "query_image"),
     "export": ("path",),
 }

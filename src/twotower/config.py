@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from twotower.encode_config import EncodeConfig
+from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.model_config import ModelConfig
 from twotower.settings import Choice, ConfigError, Section, setting
 from twotower.train_config import LossConfig, TrainConfig
@@ -216,6 +216,7 @@ class Config:
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     zeroshot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
+    stores: StoresConfig = dataclasses.field(default_factory=StoresConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)

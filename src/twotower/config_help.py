@@ -29,6 +29,13 @@ WORDS: dict[str, dict[str, str]] = {
         "backbones": "instead of data=...: lay out the pretrained towers under models/pretrained"
     },
     "encode": {"path=PATH": "a folder of pictures or a manifest, instead of data=..."},
+    "store": {
+        "info": "what a store holds, and how it was made",
+        "verify": "read every byte of it, and encode some rows again",
+        "merge": "join stores of one fingerprint (stores.inputs) into a new one (path=...)",
+        "compact": "rewrite an updated store in its source's order",
+        "path=PATH": "the folder of the store that merge writes",
+    },
     "search": {
         "query=TEXT": "pictures that fit these words; the text arrives as typed, whatever it holds",
         "query_image=PATH": "pictures that look like this one",
@@ -39,6 +46,7 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "train": ("seed",),
     "evaluate": ("seed", "checkpoint"),
     "encode": ("seed", "checkpoint"),
+    "store": ("seed", "checkpoint", "store"),
     "search": ("seed", "checkpoint", "store"),
     "benchmark": ("seed", "checkpoint", "store"),
     "export": ("checkpoint", "format"),
@@ -51,6 +59,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
+    "store": ("stores", "distributed", "run"),
     "search": ("index", "search", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),
     "compare": ("report", "run"),

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from twotower.settings import Section, setting
+from twotower.settings import ConfigError, Section, setting
 from twotower.train_config import Precision
 
 
@@ -40,4 +40,26 @@ class EncodeConfig(Section):
     batch_size: int = setting(64, "rows a forward pass", ge=1)
     shard_rows: int = setting(65536, "source rows a shard file", ge=1)
     num_workers: int = setting(0, "processes a rank that load images", ge=0)
+    shard: int = setting(0, "do only the shards that are this modulo num_shards", ge=0)
+    num_shards: int = setting(1, "jobs that share the work, one a value of shard", ge=1)
+    update: bool = setting(False, "encode only what has changed since the store was finished")
     overwrite: bool = setting(False, "encode a finished store anew")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update and self.overwrite:
+            raise ConfigError("encode.update and encode.overwrite are both true; choose one")
+        if self.shard >= self.num_shards:
+            raise ConfigError(
+                f"encode.shard must be below encode.num_shards={self.num_shards}, not {self.shard}"
+            )
+
+
+@dataclass(kw_only=True)
+class StoresConfig(Section):
+    """What `twotower store` does with finished stores."""
+
+    section: ClassVar[str] = "stores"
+
+    inputs: list[str] = setting([], "the stores that `store merge` joins")
+    sample: int = setting(64, "rows that `store verify` encodes again", ge=0)

@@ -33,7 +33,7 @@ from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.work import ExportJob, ExportResult
 from twotower.embedding.writer import StoreWriter
 from twotower.encode_config import EncodeConfig, Rows, StoreDtype
-from twotower.settings import ConfigError
+from twotower.settings import ConfigError, to_plain
 
 SETTINGS = EncodeConfig(shard_rows=SHARD_ROWS, batch_size=BATCH)
 PAIRS = dataclasses.replace(SETTINGS, rows=Rows.pairs, dtype=StoreDtype.fp32)
@@ -69,8 +69,8 @@ def test_three_ranks_write_the_bytes_of_one(
         one, three = contents(tmp_path / "one" / name), contents(tmp_path / "three" / name)
         assert list(one) == list(three)
         assert [path for path in one if one[path] != three[path]] == []
-        # 7 shards of image vectors, caption vectors and metadata, the errors and the manifest.
-        assert len(one) == 7 * 3 + 2
+        # 7 shards of image vectors, caption vectors and metadata; errors, source and manifest.
+        assert len(one) == 7 * 3 + 3
         rows = EmbeddingStore.open(tmp_path / "three" / name).row_ids()
         assert (np.diff(rows) > 0).all()
 
@@ -397,9 +397,10 @@ def test_the_manifest_says_how_the_store_was_made(
     plain = json.loads((tmp_path / "store" / "manifest.json").read_text())
     shards = plain.pop("shards")
     fingerprint = plain.pop("source_fingerprint")
+    assert plain.pop("fingerprint") == EmbeddingStore.open(tmp_path / "store").manifest.fingerprint
     assert plain == {
         "format": "twotower embedding store",
-        "version": 1,
+        "version": 2,
         "complete": True,
         "rows": 89,
         "source_rows": 101,
@@ -417,9 +418,16 @@ def test_the_manifest_says_how_the_store_was_made(
         "device": "cpu",
         "threads": 1,
         "model": "",
+        "config": to_plain(bundle_of(checkpoint).config),
+        "preprocessing": "SquareTransform(size=16)",
+        "tokenizer": "HashTokenizer(context_length=8, vocab_size=97, pad_id=0)",
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": "5feceb66ffc86f38d952786c6d696c79c2dbc239dd4e91b46729d73a27fb57e9",
         "source": "squares",
+        "state": "source.parquet",
+        "next_row_id": 101,
+        "updates": 0,
+        "deleted": 0,
     }
     assert len(fingerprint) == 64
     assert [shard["rows"] for shard in shards] == [11, 15, 11, 16, 16, 16, 4]

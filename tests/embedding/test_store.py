@@ -11,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.embedding.parts import ONE_THREAD, UNREADABLE
+from tests.helpers import HashTokenizer, SquareTransform
 from twotower.data.pairs import PairTable
 from twotower.embedding import layout, writer
+from twotower.embedding.encoder import Encoder, described
 from twotower.embedding.export import export
+from twotower.embedding.fingerprint import check_fingerprint, check_space
 from twotower.embedding.store import EmbeddingStore
 from twotower.encode_config import EncodeConfig, Rows
 from twotower.settings import ConfigError
@@ -130,10 +133,11 @@ def test_what_is_no_finished_store_is_refused(folder: Path, tmp_path: Path) -> N
     manifest = folder / "manifest.json"
     plain = json.loads(manifest.read_text())
     cases = {
-        "of version 2, and this twotower reads version 1": {**plain, "version": 2},
+        "of version 3, and this twotower reads version 2": {**plain, "version": 3},
         "is not the manifest of an embedding store": {**plain, "format": "other"},
         "is not finished; run the same": {**plain, "complete": False},
         "lacks or has too many entries": {**plain, "surprise": 1},
+        "it was changed after it was written": {**plain, "dtype": "fp32"},
     }
     for sentence, changed in cases.items():
         manifest.write_text(json.dumps(changed))
@@ -156,3 +160,36 @@ def test_file_names_sort_in_the_order_of_the_shards() -> None:
     many = dataclasses.replace(few, source_rows=200_000)
     names = [many.path("metadata", shard) for shard in (0, 999, 9_999, 10_000, 19_999)]
     assert names == sorted(names) and names[0] == "metadata/metadata_00000.parquet"
+
+
+def test_rows_of_two_fingerprints_never_meet(folder: Path, checkpoint: Path) -> None:
+    manifest = EmbeddingStore.open(folder).manifest
+    assert json.loads((folder / "manifest.json").read_text())["fingerprint"] == manifest.fingerprint
+    encoder = Encoder.load(checkpoint, batch_size=5)
+    check_space(manifest, folder, encoder.description(), "the encoder")
+    # The same checkpoint, but code that prepares pictures in another way.
+    encoder.bundle.eval_transform = SquareTransform(17)
+    with pytest.raises(ConfigError) as refused:
+        check_space(manifest, folder, encoder.description(), "the encoder")
+    other = dataclasses.replace(manifest, preprocessing="SquareTransform(size=17)")
+    for part in (manifest.space[:16], other.space[:16], "size=16", "size=17", "the encoder"):
+        assert part in str(refused.value)
+    # Queries may be more precise than rows, but rows of one store are all alike.
+    wide = dataclasses.replace(manifest, precision="bf16")
+    assert wide.space == manifest.space and wide.fingerprint != manifest.fingerprint
+    with pytest.raises(
+        ConfigError, match="encode.precision is fp32 there and bf16 here"
+    ) as refused:
+        check_fingerprint(manifest, "a", wide, "b")
+    assert manifest.fingerprint[:16] in str(refused.value)
+    assert wide.fingerprint[:16] in str(refused.value)
+
+
+def test_a_description_is_the_same_wherever_it_is_made() -> None:
+    assert described(HashTokenizer()) == (
+        "HashTokenizer(context_length=8, vocab_size=97, pad_id=0)"
+    )
+    assert described(lambda image: image) == "function"
+    long = HashTokenizer(pad_id="x" * 1000)
+    assert described(long) == described(HashTokenizer(pad_id="x" * 1000)) != described("x")
+    assert len(described(long)) == len("HashTokenizer ") + 64

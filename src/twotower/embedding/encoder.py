@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -25,8 +27,10 @@ from twotower.embedding.pictures import (
 )
 from twotower.models.dual_encoder import DualEncoder, ModelBundle
 from twotower.models.saved import load_bundle
-from twotower.settings import ConfigError
+from twotower.settings import ConfigError, to_plain
 from twotower.train_config import Precision
+
+LONGEST_DESCRIPTION = 300
 
 
 def _prepared(model: DualEncoder, device: torch.device, precision: Precision) -> DualEncoder:
@@ -42,6 +46,20 @@ def _prepared(model: DualEncoder, device: torch.device, precision: Precision) ->
         # The caller's own fp32 weights stay as they are.
         model = copy.deepcopy(model).to(torch.bfloat16)
     return model.to(device).eval()
+
+
+def described(thing: object) -> str:
+    """A transform or a tokenizer in words that are the same wherever it is built.
+
+    A vocabulary is told by its hash.
+    """
+    name = type(thing).__name__
+    if not dataclasses.is_dataclass(thing):
+        return name
+    text = repr(thing)
+    if len(text) <= LONGEST_DESCRIPTION:
+        return text
+    return f"{name} {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
 
 
 class Encoder:
@@ -94,6 +112,17 @@ class Encoder:
     def text_length(self) -> int:
         """Tokens that every text is cut and padded to."""
         return self.bundle.tokenizer.context_length
+
+    def description(self) -> dict[str, Any]:
+        """What decides the vectors beside the weights, by the names of a store's manifest."""
+        return {
+            "dim": self.dim,
+            "text_length": self.text_length,
+            "model": self.bundle.config.registered_name,
+            "config": to_plain(self.bundle.config),
+            "preprocessing": described(self.bundle.eval_transform),
+            "tokenizer": described(self.bundle.tokenizer),
+        }
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Texts -> (N, D) float32 of unit norm, in the order given."""

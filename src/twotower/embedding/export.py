@@ -9,10 +9,11 @@ from twotower.checkpoint.native import file_sha256
 from twotower.config import DistributedConfig
 from twotower.data.pairs import PairTable
 from twotower.distributed import resolve_device
+from twotower.embedding.folders import beside, restore
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.rows import fingerprint, has_captions
+from twotower.embedding.update import update
 from twotower.embedding.work import ExportJob, ExportResult, run_export
-from twotower.embedding.writer import beside, restore
 from twotower.encode_config import EncodeConfig, Rows
 from twotower.launch import launch
 from twotower.settings import ConfigError
@@ -42,7 +43,10 @@ def export(
     """Encode the images and captions of `pairs` into the store `output`.
 
     A finished store of the same source, checkpoint and settings is reused, an unfinished one is
-    continued with the number of threads that it was begun with, another one is refused. With
+    continued with the number of threads that it was begun with, another one is refused. Several
+    exports of the same, on machines that share the folder, help each other; with
+    `encode.num_shards` one does only its own part of the shards, and the last one finishes. With
+    `encode.update` a finished store of this checkpoint is brought to what the source is now. With
     `encode.overwrite` the store that is there stays until the new one is finished. Unreadable
     pictures are listed in the store.
 
@@ -55,6 +59,8 @@ def export(
     """
     plan = _plan(existing_checkpoint(checkpoint), pairs, encode, distributed)
     restore(output)
+    if encode.update and is_finished(output):
+        return update(plan, pairs, output, encode, distributed)
     folder = _work_folder(output, plan, overwrite=encode.overwrite)
     if folder is None:
         return ExportResult(folder=output, manifest=Manifest.read(output), reused=True)
@@ -100,14 +106,24 @@ def _plan(
     )
 
 
+def is_finished(output: Path) -> bool:
+    """Whether a folder holds a store that is not in the making."""
+    return (output / MANIFEST).exists() and Manifest.read(output).complete
+
+
 def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | None:
     """Where to write: `output`, beside it to replace a store, None if it is there already."""
     if not (output / MANIFEST).exists():
         _refuse_other_files(output)
         return output
     there = Manifest.read(output)
+    if there.updates and not there.is_whole(output) and not overwrite:
+        raise ConfigError(
+            f"the store {output} was updated and has lost files since; encode it anew with "
+            "encode.overwrite=true"
+        )
     differences = there.differences(plan)
-    is_whole = there.complete and all(shard.is_whole(output) for shard in there.shards)
+    is_whole = there.complete and there.is_whole(output)
     if not is_whole and there.device != plan.device:
         differences.append(f"the device is {there.device} there and {plan.device} here")
     if not differences and not is_whole:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +18,59 @@ from twotower.checkpoint.atomic import replacing
 from twotower.settings import ConfigError
 
 FORMAT = "twotower embedding store"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # version 1 had no fingerprint and no updates
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.parquet"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 # One file a finished shard while a store is being made; the manifest takes them over.
 DONE = "shards"
+# What each image of the source was when it was encoded; in the making, one such file a shard.
+SOURCE, STATES = "source.parquet", "states"
+DELETED = "deleted.npy"
 
 ERROR_SCHEMA = pa.schema(
     [("source_row", pa.int64()), ("path", pa.string()), ("reason", pa.string())]
+)
+
+STATE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.large_string()),
+        ("row_id", pa.int64()),  # of the image's first row
+        ("rows", pa.int64()),  # if it can be read
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("sha256", pa.string()),
+        ("about", pa.string()),  # a hash of its captions and columns
+        ("reason", pa.string()),  # why it cannot be read; empty if it can
+    ]
 )
 
 FloatRows = npt.NDArray[np.float16 | np.float32]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+# What two vectors must share for their product to mean anything, in the user's words.
+SPACE = {
+    "checkpoint_sha256": "the checkpoint (SHA-256)",
+    "preprocessing": "the preparation of pictures",
+    "tokenizer": "the tokenizer",
+    "text_length": "the tokens of a caption",
+    "normalized": "unit norm",
+    "model": "the variant",
+    "config": "the config of the model",
+}
+# What the rows of one store must share beyond that.
+FINGERPRINT = {**SPACE, "dtype": "encode.dtype", "precision": "encode.precision"}
+
 # What makes two encodings of different rows: the field, and what the user calls it.
 _IDENTITY = {
     "checkpoint_sha256": "the checkpoint (SHA-256)",
     "source": "the source",
     "source_fingerprint": "the source's paths and captions (fingerprint)",
+    "preprocessing": "the preparation of pictures",
+    "tokenizer": "the tokenizer",
     "rows_kind": "encode.rows",
     "images": "encode.images",
     "texts": "captions encoded (encode.texts)",
@@ -66,6 +100,10 @@ class Shard:
     errors: int
     files: dict[str, dict[str, int | str]]
 
+    def file(self, kind: str) -> str:
+        """Its file of one kind (`img_emb`), a path in the store."""
+        return next(name for name in self.files if name.startswith(f"{kind}/"))
+
     def is_whole(self, folder: Path) -> bool:
         """Whether every file is there in its full size."""
         try:
@@ -93,8 +131,12 @@ class Manifest:
         precision, device, threads: what the towers computed in, where, with how many CPU threads a
             process. With these, the grid of shards and the batch size, a rerun gives the same
             bytes.
-        model: the variant; checkpoint, checkpoint_sha256: the file and its hash.
+        model, config: the variant and its section; checkpoint, checkpoint_sha256: the file and its
+            hash; preprocessing, tokenizer: how pictures and captions become the towers' inputs.
         source, source_fingerprint: the data's name and a hash over its paths, captions and columns.
+        state: the file that says what each image was when it was encoded; empty if unknown.
+        next_row_id: the first id that no row has had. updates: how often the store was updated;
+            beyond 0, rows no longer follow the grid. deleted: so many ids of `deleted.npy` count.
         shards: the finished shards in order.
     """
 
@@ -115,10 +157,17 @@ class Manifest:
     device: str = "cpu"
     threads: int = 0
     model: str = ""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: str = ""
+    tokenizer: str = ""
     checkpoint: str = ""
     checkpoint_sha256: str = ""
     source: str = ""
     source_fingerprint: str = ""
+    state: str = ""
+    next_row_id: int = 0
+    updates: int = 0
+    deleted: int = 0
     shards: tuple[Shard, ...] = ()
 
     @property
@@ -131,6 +180,11 @@ class Manifest:
         """Shards of the finished store."""
         return -(-self.source_rows // self.shard_rows)
 
+    @property
+    def has_dead_rows(self) -> bool:
+        """Whether files hold rows that an update has deleted or replaced."""
+        return self.rows < sum(shard.rows for shard in self.shards)
+
     def shard_range(self, shard: int) -> range:
         """The source rows of a shard."""
         first = shard * self.shard_rows
@@ -139,21 +193,51 @@ class Manifest:
     def path(self, kind: str, shard: int) -> str:
         """A shard's file in the store, for example `img_emb/img_emb_0000.npy`."""
         digits = max(4, len(str(self.num_shards - 1)))
-        suffix = {METADATA: "parquet", DONE: "json"}.get(kind, "npy")
+        suffix = {METADATA: "parquet", STATES: "parquet", DONE: "json"}.get(kind, "npy")
         return f"{kind}/{kind}_{shard:0{digits}d}.{suffix}"
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether every file of every shard is there in its full size."""
+        return all(shard.is_whole(folder) for shard in self.shards)
+
+    @property
+    def space(self) -> str:
+        """SHA-256 of all that two vectors must share for their product to mean anything."""
+        return self._hash(SPACE)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the rows of one store share: the space, and the precision."""
+        return self._hash(FINGERPRINT)
+
+    def _hash(self, names: Iterable[str]) -> str:
+        about = {name: getattr(self, name) for name in names}
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
     def differences(self, other: Manifest) -> list[str]:
-        """In what `other` is another encoding than this one, in the user's words."""
+        """In what `other` is another encoding than this one, in the user's words.
+
+        How a checkpoint prepares its inputs is known only once it is loaded; before, it is empty.
+        """
+        late = ("preprocessing", "tokenizer")
+        known = {n: w for n, w in _IDENTITY.items() if n not in late or self._both(other, n)}
+        return self.differences_in(other, known)
+
+    def _both(self, other: Manifest, name: str) -> bool:
+        return bool(getattr(self, name) and getattr(other, name))
+
+    def differences_in(self, other: Manifest, names: Mapping[str, str]) -> list[str]:
+        """The same of some fields, by what the user calls them."""
         return [
             f"{words} is {getattr(self, name)} there and {getattr(other, name)} here"
-            for name, words in _IDENTITY.items()
+            for name, words in names.items()
             if getattr(self, name) != getattr(other, name)
         ]
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""
-        plain = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        write_json(folder / MANIFEST, plain)
+        about = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+        write_json(folder / MANIFEST, {**about, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -172,16 +256,23 @@ class Manifest:
             raise ConfigError(f"{path} is not the manifest of an embedding store") from error
         if named != FORMAT:
             raise ConfigError(f"{path} is not the manifest of an embedding store")
-        if version != VERSION:
+        if version not in READABLE:
             raise ConfigError(
                 f"{folder} is a store of version {version}, and this twotower reads version "
                 f"{VERSION}; encode it again"
             )
         try:
+            fingerprint = plain.pop("fingerprint", "")
             shards = tuple(Shard(**shard) for shard in plain.pop("shards"))
-            return cls(**plain, shards=shards)
+            manifest = cls(**plain, shards=shards)
         except (LookupError, TypeError) as error:
             raise ConfigError(f"{path} lacks or has too many entries; encode again") from error
+        if fingerprint and fingerprint != manifest.fingerprint:
+            raise ConfigError(
+                f"{path} has the fingerprint {fingerprint[:16]} and entries of "
+                f"{manifest.fingerprint[:16]}: it was changed after it was written; encode again"
+            )
+        return manifest
 
 
 def write_json(path: Path, plain: Any) -> None:

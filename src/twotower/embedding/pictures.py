@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,15 +22,57 @@ from twotower.models.dual_encoder import ImageTransform
 Picture = Path | str | bytes | Image.Image | np.ndarray
 
 
+class FileState(NamedTuple):
+    """What a picture's file was when it was read, by which a change is noticed later."""
+
+    size: int = 0
+    mtime_ns: int = 0
+    sha256: str = ""
+
+
 class PictureBatch(NamedTuple):
     """Pictures in their places: uint8 (n, 3, H, W), zeros where one is unreadable, and why it is.
 
     A place that stays makes a row's value independent of whether its neighbours can be read.
-    `pixels` is None where no picture of the batch can be read.
+    `pixels` is None where no picture of the batch can be read; `states` are those of files.
     """
 
     pixels: Tensor | None
     reasons: dict[int, str]
+    states: list[FileState] = []
+
+
+def open_row(pairs: PairTable, row: int) -> tuple[bytes, int]:
+    """The file of a row's picture, and when it was changed (ns): the one place that opens them.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with pairs.path(row).open("rb") as file:
+        return file.read(), os.fstat(file.fileno()).st_mtime_ns
+
+
+def stat_row(pairs: PairTable, row: int) -> FileState:
+    """Size and time of the file of a row's picture, without its hash; zeros if there is none."""
+    try:
+        stat = pairs.path(row).stat()
+    except OSError:
+        return FileState()
+    return FileState(stat.st_size, stat.st_mtime_ns)
+
+
+def row_state(pairs: PairTable, row: int) -> FileState:
+    """Size, time and hash of the file of a row's picture; zeros if it cannot be read."""
+    try:
+        data, changed = open_row(pairs, row)
+    except OSError:
+        return FileState()
+    return FileState(len(data), changed, hashlib.sha256(data).hexdigest())
+
+
+def name_of_row(pairs: PairTable, row: int) -> str:
+    """What to call the picture of a row."""
+    return str(pairs.path(row))
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -68,7 +111,20 @@ def collate_pictures(pictures: Sequence[Tensor | str]) -> PictureBatch:
     return PictureBatch(pixels, reasons)
 
 
-class PictureFiles(Dataset[Tensor | str]):
+class ReadRow(NamedTuple):
+    """The picture of a row, uint8 (3, H, W) or the reason why there is none, and its file."""
+
+    picture: Tensor | str
+    state: FileState
+
+
+def collate_rows(rows: Sequence[ReadRow]) -> PictureBatch:
+    """Stack what could be read, each in its place, and list the files."""
+    batch = collate_pictures([row.picture for row in rows])
+    return batch._replace(states=[row.state for row in rows])
+
+
+class PictureFiles(Dataset[ReadRow]):
     """The pictures of a table by source row; a class so that worker processes can be sent it."""
 
     def __init__(self, pairs: PairTable, transform: ImageTransform) -> None:
@@ -78,8 +134,13 @@ class PictureFiles(Dataset[Tensor | str]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, row: int) -> Tensor | str:
-        return read_picture(self.pairs.path(row), self.transform)
+    def __getitem__(self, row: int) -> ReadRow:
+        try:
+            data, changed = open_row(self.pairs, row)
+        except OSError as error:
+            return ReadRow((error.strerror or str(error)).lower(), FileState())
+        state = FileState(len(data), changed, hashlib.sha256(data).hexdigest())
+        return ReadRow(read_picture(data, self.transform), state)
 
 
 def batches_of(rows: range, batch_size: int) -> Iterator[range]:
@@ -91,7 +152,7 @@ def batches_of(rows: range, batch_size: int) -> Iterator[range]:
 class ShardBatches:
     """The row numbers of every batch of several shards, made as they are asked for."""
 
-    def __init__(self, shards: Sequence[range], batch_size: int) -> None:
+    def __init__(self, shards: Iterable[range], batch_size: int) -> None:
         self.shards = shards
         self.batch_size = batch_size
 
@@ -104,17 +165,17 @@ class ShardBatches:
 def picture_batches(
     pairs: PairTable,
     transform: ImageTransform,
-    shards: Sequence[range],
+    shards: Iterable[range],
     batch_size: int,
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[PictureBatch]:
     """The batches of several shards, one after the other, read ahead by `num_workers` processes."""
-    loader: DataLoader[Tensor | str] = DataLoader(
+    loader: DataLoader[ReadRow] = DataLoader(
         PictureFiles(pairs, transform),
         batch_sampler=ShardBatches(shards, batch_size),
-        collate_fn=collate_pictures,
+        collate_fn=collate_rows,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=plain_signals,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.pairs import PairTable
-from twotower.embedding.layout import IntArray
+from twotower.embedding.layout import STATE_SCHEMA, IntArray
+from twotower.embedding.pictures import FileState
 from twotower.encode_config import Rows
 
 _OWN = ("image_path", "caption", "captions", "row_id", "source_row", "image_id", "split")
@@ -39,7 +41,8 @@ class RowGrid:
         self.pairs = pairs
         self.rows = rows
         counts = _num_captions(pairs) if rows is Rows.pairs else np.ones(len(pairs), np.int64)
-        self._first_id = np.concatenate([[0], np.cumsum(np.maximum(counts, 1))]).astype(np.int64)
+        self.counts: IntArray = np.maximum(counts, 1)
+        self._first_id = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
     def slots(self, source_rows: range) -> Slots:
         """The rows of a range of images."""
@@ -81,6 +84,55 @@ class RowGrid:
             if name not in ("filepath", "captions", "image_id", "split"):
                 columns[f"source_{name}" if name in _OWN else name] = source[name]
         return pa.table(columns).combine_chunks()
+
+    def states(
+        self, source_rows: range, files: Sequence[FileState], reasons: Mapping[int, str]
+    ) -> pa.Table:
+        """What the images of a range are now, by `STATE_SCHEMA`.
+
+        Args:
+            files: of each image, none where no picture is read; reasons: by source row, why an
+                image cannot be read.
+        """
+        first, stop = source_rows.start, source_rows.stop
+        sizes, times, hashes = zip(*(files or [FileState()] * len(source_rows)), strict=True)
+        columns = [
+            self.pairs.table["image_id"].slice(first, stop - first).combine_chunks(),
+            self._first_id[first:stop],
+            np.diff(self._first_id[first : stop + 1]),
+            *(sizes, times, hashes),
+            row_hashes(self.pairs, source_rows),
+            [reasons.get(row, "") for row in source_rows],
+        ]
+        arrays = [
+            pa.array(column, kind.type) for column, kind in zip(columns, STATE_SCHEMA, strict=True)
+        ]
+        return pa.table(arrays, schema=STATE_SCHEMA)
+
+    @property
+    def first_ids(self) -> IntArray:
+        """By source row, the id of its first row."""
+        return self._first_id[:-1]
+
+
+def with_ids(metadata: pa.Table, row_ids: IntArray, source_rows: IntArray) -> pa.Table:
+    """Metadata with other ids and source rows, its columns in their order."""
+    for name, values in (("row_id", row_ids), ("source_row", source_rows)):
+        place = metadata.schema.get_field_index(name)
+        metadata = metadata.set_column(place, name, pa.array(values, pa.int64()))
+    return metadata
+
+
+def row_hashes(pairs: PairTable, rows: range) -> list[str]:
+    """A hash of all that the source says of each image: path, captions, columns."""
+    part = pairs.table.slice(rows.start, len(rows))
+    root = os.path.abspath(pairs.root)
+    columns = [part[name].to_pylist() for name in part.column_names]
+    names = repr((root, part.column_names))
+    return [
+        hashlib.blake2b(f"{names}{values!r}".encode(errors="replace"), digest_size=16).hexdigest()
+        for values in zip(*columns, strict=True)
+    ]
 
 
 def _num_captions(pairs: PairTable) -> IntArray:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.checkpoint.native import file_sha256
+from twotower.embedding.alive import Mask, alive_rows, deleted_ids
 from twotower.embedding.layout import (
     ERRORS,
     IMAGES,
@@ -118,8 +119,34 @@ class EmbeddingStore:
         return self._maps(TEXTS)
 
     def _maps(self, kind: str) -> list[FloatRows]:
-        paths = [self.folder / self.manifest.path(kind, s.shard) for s in self.manifest.shards]
-        return [np.load(path, mmap_mode="r") for path in paths]
+        """Memory maps; of a shard with dead rows a copy of the others, until it is compacted."""
+        maps = [
+            np.load(self.folder / shard.file(kind), mmap_mode="r") for shard in self.manifest.shards
+        ]
+        if self._alive is None:
+            return maps
+        return [
+            rows if alive.all() else rows[alive]
+            for rows, alive in zip(maps, self._alive, strict=True)
+        ]
+
+    @cached_property
+    def _alive(self) -> list[Mask] | None:
+        """Which rows of each shard's files count; None if all of them do."""
+        return alive_rows(self.folder, self.manifest, self._stored_ids)
+
+    def deleted(self) -> IntArray:
+        """The ids of rows that updates have deleted, in the order in which they did.
+
+        Raises:
+            ConfigError: the list is missing or cut.
+        """
+        return deleted_ids(self.folder, self.manifest)
+
+    def table(self, place: int) -> pa.Table:
+        """The metadata of a whole shard, by its place; its rows are those of `image_shards`."""
+        table = pq.read_table(self._metadata_path(place))
+        return table if self._alive is None else table.filter(pa.array(self._alive[place]))
 
     def image_rows(self, row_ids: Sequence[int] | IntArray) -> FloatRows:
         """The image vectors (N, D) of these rows, in the order asked.
@@ -139,7 +166,7 @@ class EmbeddingStore:
 
     def _gather(self, shards: list[FloatRows], row_ids: Sequence[int] | IntArray) -> FloatRows:
         rows = np.empty((len(row_ids), self.manifest.dim), shards[0].dtype)
-        places, inside = self._locate(row_ids)
+        places, inside = self.locate(row_ids)
         for place in np.unique(places):
             here = places == place
             rows[here] = shards[place][inside[here]]
@@ -151,9 +178,15 @@ class EmbeddingStore:
 
     @cached_property
     def _row_ids(self) -> IntArray:
+        ids = self._stored_ids
+        return ids if self._alive is None else ids[np.concatenate(self._alive)]
+
+    @cached_property
+    def _stored_ids(self) -> IntArray:
+        """The ids of all rows of the files, dead ones too."""
         parts = [np.empty(0, np.int64)]
         for shard in self.manifest.shards:
-            path = self.folder / self.manifest.path(METADATA, shard.shard)
+            path = self.folder / shard.file(METADATA)
             parts.append(pq.read_table(path, columns=["row_id"])["row_id"].to_numpy())
         return np.concatenate(parts)
 
@@ -166,9 +199,11 @@ class EmbeddingStore:
     @cached_property
     def _shard_starts(self) -> IntArray:
         counts = [shard.rows for shard in self.manifest.shards]
+        if self._alive is not None:
+            counts = [int(alive.sum()) for alive in self._alive]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
-    def _locate(self, row_ids: Sequence[int] | IntArray) -> tuple[IntArray, IntArray]:
+    def locate(self, row_ids: Sequence[int] | IntArray) -> tuple[IntArray, IntArray]:
         """In which of the shards each row is, and where in it."""
         wanted = np.asarray(row_ids, np.int64)
         ids, order = self._ascending
@@ -190,18 +225,20 @@ class EmbeddingStore:
         Raises:
             KeyError: a row id that the store does not have.
         """
-        places, inside = self._locate(row_ids)
+        places, inside = self.locate(row_ids)
         return [self._row(int(place), int(row)) for place, row in zip(places, inside, strict=True)]
 
     def _row(self, place: int, row: int) -> dict[str, Any]:
         starts = self._group_starts(place)
+        if self._alive is not None:
+            row = int(np.flatnonzero(self._alive[place])[row])
         group = int(np.searchsorted(starts, row, side="right")) - 1
         table = self._cached_group(place, group)
         found: dict[str, Any] = table.slice(row - int(starts[group]), 1).to_pylist()[0]
         return found
 
     def _metadata_path(self, place: int) -> Path:
-        return self.folder / self.manifest.path(METADATA, self.manifest.shards[place].shard)
+        return self.folder / self.manifest.shards[place].file(METADATA)
 
     def _group_starts(self, place: int) -> IntArray:
         """The first row of each Parquet group of a shard."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import file_sha256
+from twotower.embedding.folders import clear
 from twotower.embedding.layout import (
     DONE,
     ERROR_SCHEMA,
@@ -26,6 +26,9 @@ from twotower.embedding.layout import (
     IMAGES,
     MANIFEST,
     METADATA,
+    SOURCE,
+    STATE_SCHEMA,
+    STATES,
     TEXTS,
     FloatRows,
     Manifest,
@@ -59,26 +62,56 @@ class StoreWriter:
 
     folder: Path
     plan: Manifest
+    may_be_empty: bool = False
 
     @classmethod
-    def begin(cls, folder: Path, plan: Manifest) -> StoreWriter:
+    def begin(
+        cls, folder: Path, plan: Manifest, *, anew: bool = False, may_be_empty: bool = False
+    ) -> StoreWriter:
         """Write the plan; what was begun with the same one is continued with its number of threads.
 
-        Another plan's files are removed; a finished store that lost a file gives its whole shards.
+        A finished store that lost a file gives its whole shards.
+
+        Args:
+            anew: another plan's files are removed, for the folder is that of a replacement.
+            may_be_empty: it is no mistake if nothing at all can be read.
+
+        Raises:
+            ConfigError: the files of another plan are there.
         """
         there = Manifest.read(folder) if (folder / MANIFEST).exists() else None
-        if there and (there.differences(plan) or there.device != plan.device):
+        differences = there.differences(plan) if there else []
+        if differences and not anew:
+            raise ConfigError(
+                f"{folder} holds another encoding: {'; '.join(differences)}; choose another folder "
+                "with encode.output=..., or replace it with encode.overwrite=true"
+            )
+        if there and (differences or there.device != plan.device):
             clear(folder)
             there = None
-        writer = cls(folder, dataclasses.replace(plan, threads=there.threads) if there else plan)
+        plan = dataclasses.replace(plan, threads=there.threads) if there else plan
+        writer = cls(folder, plan, may_be_empty)
         if there and there.complete:
+            if there.is_whole(folder):  # another process has finished it in the meantime
+                return writer
             writer._reopen(there)
         writer.plan.write(folder)
         return writer
 
+    def is_over(self) -> bool:
+        """Whether nothing is left to be written: it is finished, or removed or moved after that."""
+        try:
+            return Manifest.read(self.folder).complete
+        except ConfigError:
+            return True
+
     def _reopen(self, finished: Manifest) -> None:
         path = self.folder / ERRORS
         errors = pq.read_table(path) if path.exists() else ERROR_SCHEMA.empty_table()
+        try:
+            states = pq.ParquetFile(self.folder / SOURCE)
+        except OSError:  # then every shard is made again
+            return
         for shard in finished.shards:
             rows = self.plan.shard_range(shard.shard)
             inside = pc.and_(
@@ -87,10 +120,13 @@ class StoreWriter:
             )
             found = [InputError(**error) for error in errors.filter(inside).to_pylist()]
             if shard.is_whole(self.folder) and len(found) == shard.errors:
+                self._write_states(shard.shard, states.read_row_group(shard.shard))
                 self._write_record(shard, found)
 
     def missing(self) -> list[int]:
         """The shards that are not there, or not whole, in order."""
+        if self.is_over():
+            return []
         shards = range(self.plan.num_shards)
         return [shard for shard in shards if not self._is_done(shard)]
 
@@ -104,7 +140,8 @@ class StoreWriter:
     def _is_done(self, shard: int) -> bool:
         if not self._record(shard).exists():
             return False
-        if self._read_record(shard)[0].is_whole(self.folder):
+        whole = self._read_record(shard)[0].is_whole(self.folder)
+        if whole and self._states(shard).exists():
             return True
         self._record(shard).unlink()
         return False
@@ -112,6 +149,13 @@ class StoreWriter:
     def _read_record(self, shard: int) -> tuple[Shard, list[InputError]]:
         plain = json.loads(self._record(shard).read_text())
         return Shard(**plain["shard"]), [InputError(*error) for error in plain["errors"]]
+
+    def _states(self, shard: int) -> Path:
+        return self.folder / self.plan.path(STATES, shard)
+
+    def _write_states(self, shard: int, states: pa.Table) -> None:
+        with replacing(self._states(shard)) as temporary:
+            pq.write_table(states, temporary)
 
     def _write_record(self, shard: Shard, errors: Sequence[InputError]) -> None:
         write_json(
@@ -124,13 +168,39 @@ class StoreWriter:
         images: FloatRows | None,
         texts: FloatRows | None,
         metadata: pa.Table,
+        states: pa.Table,
         errors: Sequence[InputError],
     ) -> None:
-        """Write a shard: vectors (n, D), metadata and unreadable inputs; its record comes last.
+        """Write a shard: vectors (n, D), metadata, the images' states and the unreadable inputs.
+
+        Its record comes last.
+
+        Another process that was faster with the same shard has written the same; then, nothing is
+        done.
 
         Raises:
             ConfigError: the disk is full or the folder is not writable; whole shards stay.
         """
+        if self.is_recorded(shard) or self.is_over():
+            return
+        try:
+            self._write(shard, images, texts, metadata, states, errors)
+        except ConfigError:
+            if not self.is_recorded(shard) and not self.is_over():
+                raise
+        if self.is_over():  # it was finished just now, and needs no records
+            for kind in (DONE, STATES):
+                shutil.rmtree(self.folder / kind, ignore_errors=True)
+
+    def _write(
+        self,
+        shard: int,
+        images: FloatRows | None,
+        texts: FloatRows | None,
+        metadata: pa.Table,
+        states: pa.Table,
+        errors: Sequence[InputError],
+    ) -> None:
         files: dict[str, dict[str, int | str]] = {}
         for kind, rows in ((IMAGES, images), (TEXTS, texts)):
             if rows is None:
@@ -139,11 +209,12 @@ class StoreWriter:
             name = self.plan.path(kind, shard)
             with replacing(self.folder / name) as temporary, temporary.open("wb") as file:
                 np.save(file, rows)
-            files[name] = self._describe(name)
+            files[name] = described_file(self.folder / name)
         name = self.plan.path(METADATA, shard)
         with replacing(self.folder / name) as temporary:
             pq.write_table(metadata, temporary, row_group_size=ROWS_PER_GROUP)
-        files[name] = self._describe(name)
+        files[name] = described_file(self.folder / name)
+        self._write_states(shard, states)
         source_rows = self.plan.shard_range(shard)
         record = Shard(
             shard=shard,
@@ -154,10 +225,6 @@ class StoreWriter:
             files=files,
         )
         self._write_record(record, errors)
-
-    def _describe(self, name: str) -> dict[str, int | str]:
-        path = self.folder / name
-        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
     def finish(self) -> Manifest:
         """Write the errors and, last, the finished manifest, which takes the records over.
@@ -170,7 +237,7 @@ class StoreWriter:
         errors = [error for _, found in records for error in found]
         shards = tuple(shard for shard, _ in records)
         rows = sum(shard.rows for shard in shards)
-        if not rows:
+        if not rows and not self.may_be_empty:
             clear(self.folder)
             raise ConfigError(
                 f"none of the {len(errors)} pictures of {self.plan.source} could be read; the "
@@ -179,54 +246,37 @@ class StoreWriter:
         table = pa.Table.from_pylist([error._asdict() for error in errors], ERROR_SCHEMA)
         with replacing(self.folder / ERRORS) as temporary:
             pq.write_table(table, temporary)
+        next_row_id = self._gather_states()
         manifest = dataclasses.replace(
-            self.plan, complete=True, rows=rows, errors=len(errors), shards=shards
+            self.plan,
+            complete=True,
+            rows=rows,
+            errors=len(errors),
+            state=SOURCE,
+            next_row_id=next_row_id,
+            shards=shards,
         )
         manifest.write(self.folder)
-        shutil.rmtree(self.folder / DONE)
+        for kind in (DONE, STATES):
+            shutil.rmtree(self.folder / kind, ignore_errors=True)
         for stale in self.folder.rglob(".*.tmp"):
             stale.unlink(missing_ok=True)
         return manifest
 
-
-def clear(folder: Path) -> None:
-    """Remove a store's own files and nothing else; the folder goes if it is empty then."""
-    patterns = [MANIFEST, ERRORS, f".{MANIFEST}.*.tmp", f".{ERRORS}.*.tmp"]
-    kinds = (IMAGES, TEXTS, METADATA, DONE)
-    for kind in kinds:
-        patterns += [f"{kind}/{kind}_[0-9]*", f"{kind}/.{kind}_*.*.tmp"]
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    for emptied in (*(folder / kind for kind in kinds), folder):
-        if emptied.is_dir() and not any(emptied.iterdir()):
-            emptied.rmdir()
-
-
-def beside(store: Path, what: str) -> Path:
-    """The folder `<store>.new` or `<store>.old` of an encoding that replaces another."""
-    return store.with_name(f"{store.name}.{what}")
+    def _gather_states(self) -> int:
+        """One file of all images' states, a group a shard; the first id that no row has."""
+        beyond = 0
+        with (
+            replacing(self.folder / SOURCE) as temporary,
+            pq.ParquetWriter(temporary, STATE_SCHEMA) as file,
+        ):
+            for shard in range(self.plan.num_shards):
+                states = pq.read_table(self._states(shard), schema=STATE_SCHEMA)
+                file.write_table(states, row_group_size=max(1, len(states)))
+                beyond = states["row_id"][-1].as_py() + states["rows"][-1].as_py()
+        return int(beyond)
 
 
-def replace_store(store: Path) -> None:
-    """Put the finished `<store>.new` in the place of `store`, whose files are removed after that.
-
-    Raises:
-        ConfigError: the folders cannot be renamed.
-    """
-    old, new = beside(store, "old"), beside(store, "new")
-    try:
-        clear(old)
-        store.rename(old)
-        new.rename(store)
-        clear(old)
-    except OSError as error:
-        raise ConfigError(f"cannot put {new} in the place of {store}: {error.strerror}") from error
-
-
-def restore(store: Path) -> None:
-    """Bring a store back that a kill in the middle of `replace_store` left under its other name."""
-    if not store.exists() and (beside(store, "old") / MANIFEST).exists():
-        # Under torchrun another rank may have done it in between.
-        with contextlib.suppress(FileNotFoundError):
-            beside(store, "old").rename(store)
+def described_file(path: Path) -> dict[str, int | str]:
+    """The size in bytes and the SHA-256 of a file, as a shard's record has them."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -79,8 +79,8 @@ def gather(shards: Sequence[AnyFloatArray], positions: IdArray) -> AnyFloatArray
 
 
 def store_fingerprint(store: EmbeddingStore, modality: Modality) -> str:
-    """Names the rows of a store: its checkpoint, its source and the hash of every file."""
+    """Names the rows of a store: its fingerprint, its source and the hash of every file."""
     manifest = store.manifest
     files = [sorted(shard.files.items()) for shard in manifest.shards]
-    about = [manifest.checkpoint_sha256, manifest.source_fingerprint, modality.name, files]
+    about = [manifest.fingerprint, manifest.source_fingerprint, modality.name, files]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -20,6 +20,7 @@ from twotower.config import Config, FreeText
 from twotower.console import print_table, say
 from twotower.distributed import resolve_device
 from twotower.embedding.encoder import Encoder
+from twotower.embedding.fingerprint import check_space
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.grid import picture_name, write_grid
 from twotower.retrieval.kept import open_index
@@ -78,6 +79,7 @@ def open_searcher(config: Config) -> Searcher:
     checkpoint = checkpoint_of(store, config.checkpoint)
     # One query at a time, so no batch to pad.
     encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=1)
+    check_space(store.manifest, store.folder, encoder.description(), f"checkpoint {checkpoint}")
     return Searcher(encoder, store, open_index(config.index, store, config.seed))
 
 
