@@ -203,9 +203,9 @@ def test_mistakes_of_the_settings(tmp_path: Path) -> None:
     assert "has no column subset; it has" in refusal(path, split_column="subset")
     assert "has no column key; it has" in refusal(path, image_id_column="key")
     assert "cannot be read" in refusal(write(tmp_path / "m.parquet", "no parquet"))
-    table = pa.table({"filepath": ["a.jpg"], "caption": [["x", "y"]]})
-    pq.write_table(table, tmp_path / "lists.parquet")
-    assert "the column caption holds list<" in refusal(tmp_path / "lists.parquet")
+    table = pa.table({"filepath": ["a.jpg"], "caption": [{"en": "x"}]})
+    pq.write_table(table, tmp_path / "structs.parquet")
+    assert "the column caption holds struct<" in refusal(tmp_path / "structs.parquet")
 
 
 def test_what_is_written_is_read_by_any_csv_reader(tmp_path: Path) -> None:
@@ -225,3 +225,30 @@ def test_classes_are_text_whatever_column_they_are_in(tmp_path: Path) -> None:
     assert load_manifest(ManifestConfig(manifest=str(path), class_column="")).classes() is None
     with pytest.raises(ConfigError, match="has no column kind; .*data.class_column chooses"):
         load_manifest(ManifestConfig(manifest=str(path), class_column="kind"))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.string())])
+@pytest.mark.parametrize("column", ["caption", "captions", "raw"])
+def test_a_row_may_have_a_list_of_captions(
+    column: str, kind: pa.DataType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lists = pa.array([["x", " y "], [], None, ["z", ""]], kind)
+    files = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    touch(tmp_path, *files)
+    table = pa.table({"filepath": files, column: lists, "url": ["u1", "u2", "u3", "u4"]})
+    path = tmp_path / "m.parquet"
+    pq.write_table(table, path, row_group_size=2)
+    chosen = {"caption_column": column} if column == "raw" else {}
+    with caplog.at_level(logging.WARNING):
+        pairs = load(path, **chosen)
+    assert pairs.table.select(["filepath", "captions", "url"]).to_pylist() == [
+        {"filepath": "a.jpg", "captions": ["x", "y"], "url": "u1"},
+        {"filepath": "d.jpg", "captions": ["z"], "url": "u4"},
+    ]
+    assert "left out 3 rows without a caption, and so 2 images" in caplog.text
+
+
+def test_what_the_table_of_a_source_writes_is_a_manifest(tmp_path: Path) -> None:
+    pairs = load(written(tmp_path, ".csv"))
+    pq.write_table(pairs.table, tmp_path / "m.parquet")
+    assert load(tmp_path / "m.parquet").table == pairs.table

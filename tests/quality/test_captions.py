@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import HashTokenizer
@@ -44,6 +46,14 @@ def test_blank_rows_of_a_manifest(tmp_path: Path, ending: str) -> None:
     config = ManifestConfig(manifest=str(path), caption_column="title")
     assert blank_rows(config) == 3
     assert blank_rows(ManifestConfig(manifest=str(path), caption_column="")) == 0
+
+
+def test_blank_rows_where_a_row_has_a_list_of_captions(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    lists = pa.array([["one", "two"], [], None], pa.list_(pa.string()))
+    pq.write_table(pa.table({"filepath": ["a", "b", "c"], "captions": lists}), path)
+    assert blank_rows(ManifestConfig(manifest=str(path))) == 2
+    assert blank_rows(ManifestConfig(manifest=str(path), caption_column="title")) == 0
 
 
 def test_no_captions_at_all() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.quality.pictures import LIMITS, encoded, photograph, write
 from twotower.data.pairs import Pair, PairTable
+from twotower.data.places import piece_name
 from twotower.quality import scan as scan_module
 from twotower.quality.picture import Limits
 from twotower.quality.scan import inspect_files, scan, thumbs_of
@@ -82,6 +83,24 @@ def test_second_scan_reads_only_what_changed(
     read.clear()
     scan(pairs, replace(LIMITS, min_side=64), 1, kept)
     assert len(read) == 7
+
+
+def test_pictures_in_a_larger_file(pairs: PairTable, tmp_path: Path) -> None:
+    """A piece of a file is what the same bytes are in a file of their own; read once."""
+    data = [(tmp_path / f"{number}.jpg").read_bytes() for number in (0, 1)]
+    (tmp_path / "all.tar").write_bytes(b"head" + data[0] + data[1])
+    names = [
+        piece_name("all.tar", 4, len(data[0]), "0.jpg"),
+        piece_name("all.tar", 4 + len(data[0]), len(data[1]), "1.jpg"),
+        piece_name("all.tar", 4 + len(data[0]), len(data[1]) + 1, "2.jpg"),
+    ]
+    kept = tmp_path / "scan.parquet"
+    found = scan(table(tmp_path, names), LIMITS, 1, kept)
+    alone = scan(table(tmp_path, ["0.jpg", "1.jpg"]), LIMITS, 1, tmp_path / "alone.parquet")
+    for column in ("size", "fault", "pixels_hash", "thumb"):
+        assert found[column].to_pylist()[:2] == alone[column].to_pylist()
+    assert found["reason"].to_pylist()[2] == "all.tar ends within the picture"
+    assert scan(table(tmp_path, names), LIMITS, 1, kept).equals(found)
 
 
 def test_damaged_earlier_scan_is_passed_over(pairs: PairTable, tmp_path: Path) -> None:

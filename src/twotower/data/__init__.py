@@ -1,6 +1,18 @@
 """Data sources: each module registers a function `config -> PairTable` beside its config class."""
 
-from twotower.data import flickr8k, folder, manifest, openmoji, synthetic
+from twotower.data import (
+    class_folders,
+    coco,
+    flickr8k,
+    flickr30k,
+    folder,
+    hf_dataset,
+    manifest,
+    openmoji,
+    synthetic,
+    webdataset,
+    yfcc100m,
+)
 from twotower.data.pairs import DATASETS, Batch, Collate, ImageTextDataset, Pair, PairTable
 
 __all__ = [
@@ -10,9 +22,15 @@ __all__ = [
     "ImageTextDataset",
     "Pair",
     "PairTable",
+    "class_folders",
+    "coco",
     "flickr8k",
+    "flickr30k",
     "folder",
+    "hf_dataset",
     "manifest",
     "openmoji",
     "synthetic",
+    "webdataset",
+    "yfcc100m",
 ]

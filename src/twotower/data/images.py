@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from twotower.data.places import read_bytes
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -17,6 +19,8 @@ class UnreadableImage(Exception):
 def decode_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Open a picture: its first frame, EXIF orientation applied, alpha laid on white, 8-bit RGB.
 
+    A path may name a piece of a larger file, as `data/places.py` says.
+
     Raises:
         UnreadableImage: it is missing, empty, truncated, no picture, or a decompression bomb.
     """
@@ -24,7 +28,7 @@ def decode_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
         # From memory: no file stays open behind an animation, and no message holds a path.
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else read_bytes(source)
         if not data:
             raise UnreadableImage("the file is empty")
         with Image.open(io.BytesIO(data)) as image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from twotower.data.pairs import DATASETS, PairTable
+from twotower.data.places import file_of
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.data.table import one_caption_a_row
 from twotower.settings import ConfigError, setting
 from twotower.wandb_files import local_file
 
@@ -30,7 +31,7 @@ NOT_A_NUMBER = ("nan", "NaN")  # how pandas and numpy write a missing caption as
 
 @dataclass(kw_only=True)
 class ManifestConfig(SplitConfig):
-    """A CSV, TSV or Parquet file with a row for each caption of a picture."""
+    """A CSV, TSV or Parquet file with a row for each caption of a picture, or lists of them."""
 
     manifest: str = setting(
         "",
@@ -133,9 +134,13 @@ def _read_text(path: Path, delimiter: str, config: ManifestConfig) -> pa.Table:
 
 def _standard_columns(table: pa.Table, path: Path, config: ManifestConfig) -> pa.Table:
     """Rename to filepath, caption, split, image_id and class, as text; keep what else there is."""
+    caption_column = config.caption_column
+    if caption_column == "caption" and not {"caption", "captions"}.isdisjoint(table.column_names):
+        caption_column = "caption" if "caption" in table.column_names else "captions"
+    table = one_caption_a_row(table, caption_column)
     wanted = {
         "filepath": config.filepath_column,
-        "caption": config.caption_column,
+        "caption": caption_column,
         "split": config.split_column,
         "image_id": config.image_id_column,
         "class": config.class_column,
@@ -208,7 +213,7 @@ def _repeat(text: str, count: int) -> pa.Array:
 def _check_files(pairs: PairTable) -> None:
     """Refuse a wrong root at once, instead of a million unreadable pictures later."""
     paths = [pairs.path(row) for row in islice(range(len(pairs)), FILES_LOOKED_FOR)]
-    if not any(os.path.exists(path) for path in paths):
+    if not any(file_of(path).exists() for path in paths):
         raise ConfigError(
             f"{pairs.name}: there is no file {paths[0]}, nor any of the first {len(paths)}; "
             "data.root must be the folder that its paths start from"

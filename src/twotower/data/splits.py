@@ -48,3 +48,22 @@ def draw_splits(pairs: PairTable, val_fraction: float, seed: int) -> PairTable:
     column = pairs.table.schema.get_field_index("split")
     drawn = pa.array(splits, pa.large_string())
     return PairTable(pairs.table.set_column(column, "split", drawn), pairs.root, pairs.name)
+
+
+def with_val(pairs: PairTable, config: SplitConfig) -> PairTable:
+    """The images with a split each: `val` is drawn of those that train where there is none.
+
+    Where no image has a split, all of them are drawn.
+    """
+    splits = pairs.table["split"].to_pylist()
+    if not any(splits):
+        return draw_splits(pairs, config.val_fraction, config.split_seed)
+    if "val" in splits or "train" not in splits:
+        return pairs
+    trains = np.flatnonzero([split == "train" for split in splits])
+    drawn = draw_splits(pairs.take(trains), config.val_fraction, config.split_seed)
+    column = np.array(splits, dtype=object)
+    column[trains] = drawn.table["split"].to_pylist()
+    place = pairs.table.schema.get_field_index("split")
+    table = pairs.table.set_column(place, "split", pa.array(column, pa.large_string()))
+    return PairTable(table, pairs.root, pairs.name)

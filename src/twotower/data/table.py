@@ -140,7 +140,7 @@ class PairTable:
         return PairTable(self.table.take(pa.array(rows)), self.root, self.name)
 
     def path(self, row: int) -> Path:
-        """The picture file of a row."""
+        """Where the picture of a row lies: a file, or a piece of one (`places.read_bytes`)."""
         return self.root / str(self.table["filepath"][row].as_py())
 
     def captions(self, row: int) -> list[str]:
@@ -183,6 +183,22 @@ class PairTable:
             raise ConfigError(f"{self.name} has pictures but no captions")
         log.warning("%s: left out %d images without captions", self.name, len(self) - len(rows))
         return PairTable(rows.combine_chunks(), self.root, self.name)
+
+
+def one_caption_a_row(table: pa.Table, column: str) -> pa.Table:
+    """A row for each caption where `column` has lists of them; an empty list is one null."""
+    if table.column_names.count(column) != 1:
+        return table
+    lists = table[column]
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(lists.type) for is_kind in kinds):
+        return table
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    row = np.repeat(np.arange(len(lists)), np.maximum(lengths, 1))
+    there = lengths[row] > 0
+    place = pa.array(np.cumsum(there) - 1, mask=~there)
+    captions = pc.list_flatten(lists).take(place)
+    return table.drop_columns([column]).take(pa.array(row)).append_column(column, captions)
 
 
 def _column(column: pa.ChunkedArray | pa.Array) -> pa.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from twotower.config import ZeroShotConfig
 from twotower.data.pairs import PairTable
+from twotower.data.templates import PLACE, load_templates, numbered_lines, words_of
 from twotower.settings import ConfigError
 
-PLACE = "{}"
+__all__ = ["Prompts", "load_templates", "no_classes", "read_classes", "zeroshot_prompts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def zeroshot_prompts(
         labels, words = read_classes(Path(config.classes))
     else:
         labels = sorted({label for label in source.classes() or () if label is not None})
-        words = [_words(label) for label in labels]
+        words = [words_of(label) for label in labels]
         if len(labels) < 2 or here is None or not any(here):
             return None
     return Prompts(
@@ -105,31 +106,6 @@ def no_classes(pairs: PairTable) -> ConfigError:
     )
 
 
-def load_templates(name: str) -> list[str]:
-    """The templates `openai80` or `simple7` (Radford et al. 2021), or those of a file, one a line.
-
-    Raises:
-        ConfigError: there is no such file, it is empty, or a line of it lacks `{}`.
-    """
-    if name in ("openai80", "simple7"):
-        import open_clip
-
-        published: Sequence[Callable[[str], str]] = (
-            open_clip.OPENAI_IMAGENET_TEMPLATES
-            if name == "openai80"
-            else open_clip.SIMPLE_IMAGENET_TEMPLATES
-        )
-        return [template(PLACE) for template in published]
-    lines = _lines(Path(name), "zeroshot.templates must be openai80, simple7 or a file")
-    for number, line in lines:
-        if PLACE not in line:
-            raise ConfigError(
-                f"{name}, line {number}: a template must hold {{}} where the class goes, "
-                f"as in 'a photo of a {{}}.', not {line[:80]!r}"
-            )
-    return [line for _, line in lines]
-
-
 def read_classes(path: Path) -> tuple[list[str], list[str]]:
     """The classes of a file, one a line: labels and words.
 
@@ -140,12 +116,12 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
         ConfigError: the file is missing, names a class twice, or has fewer than two.
     """
     labels, words = [], []
-    for number, line in _lines(path, "zeroshot.classes must be a file with a class a line"):
+    for number, line in numbered_lines(path, "zeroshot.classes must be a file with a class a line"):
         label, rest = line.partition("\t")[0].strip(), line.partition("\t")[2].strip()
         if not label or ("\t" in line and not rest):
             raise ConfigError(f"{path}, line {number}: a label, a tab and words, not {line!r}")
         labels.append(label)
-        words.append(rest or _words(label))
+        words.append(rest or words_of(label))
     twice = [label for label, count in Counter(map(_loose, labels)).items() if count > 1]
     if twice:
         raise ConfigError(f"{path} names the class {twice[0]!r} more than once")
@@ -154,27 +130,8 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
     return labels, words
 
 
-def _lines(path: Path, what: str) -> list[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{what}; {path}: {(error.strerror or str(error)).lower()}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text") from error
-    lines = [(i, line.strip(" \r")) for i, line in enumerate(text.split("\n"), start=1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
-    if not lines:
-        raise ConfigError(f"{what}; {path} is empty")
-    return lines
-
-
-def _words(label: str) -> str:
-    return " ".join(label.replace("_", " ").split())
-
-
 def _loose(label: str) -> str:
-    return _words(label).casefold()
+    return words_of(label).casefold()
 
 
 def _some(labels: Sequence[str]) -> str:

@@ -68,23 +68,30 @@ def examine_captions(pairs: PairTable, config: DataConfig | None, tokenizer: Any
 
 def blank_rows(config: ManifestConfig) -> int:
     """Rows of a manifest without a caption."""
-    column = config.caption_column
-    if not column:
+    path = local_file(config.manifest, ENDINGS)
+    # As loading does, take lists of captions where there is no column of single ones.
+    names = [config.caption_column, *(["captions"] if config.caption_column == "caption" else [])]
+    columns = (_column(path, name) for name in names if name)
+    column = next((column for column in columns if column is not None), None)
+    if column is None:
         return 0
-    caption = _column(local_file(config.manifest, ENDINGS), column)
-    text = pc.utf8_trim_whitespace(caption.cast(pa.large_string())).fill_null("")
-    return int(
-        pc.sum(pc.is_in(text, pa.array(["", *NOT_A_NUMBER], pa.large_string()))).as_py() or 0
-    )
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        blank = pc.equal(pc.list_value_length(column).fill_null(0), 0)
+    else:
+        text = pc.utf8_trim_whitespace(column.cast(pa.large_string())).fill_null("")
+        blank = pc.is_in(text, pa.array(["", *NOT_A_NUMBER], pa.large_string()))
+    return int(pc.sum(blank).as_py() or 0)
 
 
-def _column(path: Path, name: str) -> pa.ChunkedArray:
+def _column(path: Path, name: str) -> pa.ChunkedArray | None:
+    """One column of a manifest; None if it has no such column."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        return pq.read_table(path, columns=[name])[name]
-    return pa_csv.read_csv(
-        path,
-        pa_csv.ReadOptions(use_threads=False, block_size=1 << 24),
-        pa_csv.ParseOptions(delimiter=DELIMITERS[suffix], newlines_in_values=True),
-        pa_csv.ConvertOptions(column_types={name: pa.large_string()}, include_columns=[name]),
-    )[name]
+        has = name in pq.read_schema(path).names
+        return pq.read_table(path, columns=[name])[name] if has else None
+    parse = pa_csv.ParseOptions(delimiter=DELIMITERS[suffix], newlines_in_values=True)
+    read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 24)
+    convert = pa_csv.ConvertOptions(column_types={name: pa.large_string()}, include_columns=[name])
+    if name not in pa_csv.open_csv(path, read, parse).schema.names:
+        return None
+    return pa_csv.read_csv(path, read, parse, convert)[name]

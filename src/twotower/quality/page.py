@@ -131,7 +131,9 @@ class Page:
         for row in shown:
             path = escape(str(self.pairs.table["filepath"][row["source_row"]]))
             split = escape(str(self.pairs.table["split"][row["source_row"]]))
-            lines.append(f"<tr><td><code>{path}</code><td>{split}<td>{escape(row['detail'])}")
+            lines.append(
+                f"<tr><td><code>{path}</code><td class=split>{split}<td>{escape(row['detail'])}"
+            )
         body = f"<table>{''.join(lines)}</table>"
         return self._section(kind, _words(kind).capitalize(), len(shown), len(rows), body)
 

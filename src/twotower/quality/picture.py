@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+import re
 import warnings
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.places import read_bytes, state_of
 from twotower.quality.jpeg import damage
 
 SIDE, COLOUR_SIDE = 32, 8  # of a thumb's luminance, and of each of its colour planes
@@ -77,12 +78,11 @@ def inspect(path: Path, limits: Limits) -> Inspected:
     the transforms but none of the entropy decoding.
     """
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read()
+        state = state_of(path)
+        data = read_bytes(path)
     except OSError as error:
         return Inspected(fault="unreadable", reason=(error.strerror or str(error)).lower())
-    known: dict[str, Any] = {"size": len(data), "mtime_ns": status.st_mtime_ns}
+    known: dict[str, Any] = state._asdict()
     known["bytes_hash"] = blake2b(data, digest_size=16).digest()
     try:
         with warnings.catch_warnings():
@@ -116,7 +116,9 @@ def _header(data: bytes, limits: Limits, known: dict[str, Any]) -> int:
     except _Fault:
         raise
     except Image.DecompressionBombError as error:
-        raise _Fault("huge", f"refused without decoding: {error}") from error
+        pixels = re.search(r"\d+", str(error))
+        count = f"{int(pixels[0]):,}" if pixels else "too many"
+        raise _Fault("huge", f"{count} pixels: refused without decoding") from error
     except Exception as error:  # damaged headers leave Pillow by any exception there is
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         raise _Fault("unreadable", reason or type(error).__name__) from error

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from twotower.checkpoint.atomic import replacing
 from twotower.console import progress
 from twotower.data.pairs import PairTable
+from twotower.data.places import state_of
 from twotower.quality.picture import THUMB, Inspected, Limits, inspect
 
 log = logging.getLogger(__name__)
@@ -110,10 +111,10 @@ def _seen_before(path: str, known: _Known | None) -> int:
     if known is None or row < 0:
         return -1
     try:
-        status = os.stat(path)
+        state = state_of(path)
     except OSError:
         return -1
-    same = (status.st_size, status.st_mtime_ns) == (known.sizes[row], known.times[row])
+    same = state == (known.sizes[row], known.times[row])
     return row if same else -1
 
 

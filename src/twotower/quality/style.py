@@ -21,6 +21,7 @@ th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px so
   vertical-align: top; overflow-wrap: anywhere; }
 th { color: var(--faint); font-weight: 600; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.split { white-space: nowrap; }
 .wide { width: 360px; } .bar { height: .9rem; background: var(--bar); margin-top: .2rem; }
 .grid { display: flex; flex-wrap: wrap; gap: .8rem; }
 .pair { display: flex; flex-wrap: wrap; gap: .4rem; padding: .5rem; background: var(--soft);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from twotower.checkpoint.atomic import replacing
 from twotower.console import progress
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample, trim_padding
+from twotower.data.places import state_of
 from twotower.data.workers import plain_signals
 from twotower.distributed import broadcast_object, is_main_process, rank, shard_range, world_size
 from twotower.evaluation.features import PictureInputs, PictureViews, autocast, gathered
@@ -88,10 +88,9 @@ def fingerprint(*parts: object) -> str:
 
 def _file_state(path: Path) -> tuple[str, int, int]:
     try:
-        state = os.stat(path)
+        return (str(path), *state_of(path))
     except OSError:
         return (str(path), -1, -1)
-    return (str(path), state.st_size, state.st_mtime_ns)
 
 
 def _kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -131,7 +130,8 @@ def image_features(
     """
     trunk = bundle.model.image_tower.get_submodule("trunk").to(device).eval()
     files = [_file_state(pairs.path(row)) for row in range(len(pairs))]
-    pictures, how = PictureInputs(pairs, bundle.eval_transform), [bundle.eval_transform]
+    pictures = PictureInputs(pairs, bundle.eval_transform)
+    how: list[object] = [bundle.eval_transform]
     if view is not None:
         pictures = PictureViews(pairs, bundle.train_transform, view)
         how = [bundle.train_transform, view]

@@ -1,0 +1,62 @@
+"""Where a picture lies: a file, or a piece of a larger one, which a name in path's clothes says.
+
+`00012.tar#1536+20480/000120007.jpg` is the 20,480 bytes from byte 1,536 of 00012.tar on, called
+000120007.jpg. Such a name is all that it takes to read the picture: it stands in a table's column
+`filepath` and in the metadata of a store like any path, and can be joined to a folder like one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+_PIECE = re.compile(r"(.+)#(\d+)\+(\d+)/[^/]+", re.DOTALL)
+
+
+class PlaceState(NamedTuple):
+    """What tells that a picture has changed: its size in bytes, and its file's time in ns."""
+
+    size: int
+    mtime_ns: int
+
+
+def piece_name(file: str, offset: int, size: int, name: str) -> str:
+    """The name of `size` bytes of a file; `name` is what to call them, a path or empty."""
+    last = PurePosixPath(name).name.replace("\0", "") or "picture"
+    return f"{file}#{offset}+{size}/{last}"
+
+
+def file_of(place: str | Path) -> Path:
+    """The file that has to be there: the place itself, or what it is a piece of."""
+    found = _PIECE.fullmatch(os.fspath(place))
+    return Path(found[1] if found else place)
+
+
+def read_bytes(place: str | Path) -> bytes:
+    """The bytes of a picture.
+
+    Raises:
+        OSError: the file cannot be read, or ends too soon.
+    """
+    found = _PIECE.fullmatch(os.fspath(place))
+    if found is None:
+        return Path(place).read_bytes()
+    size = int(found[3])
+    with open(found[1], "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), size, int(found[2]))
+    if len(data) < size:
+        raise OSError(f"{Path(found[1]).name} ends within the picture")
+    return data
+
+
+def state_of(place: str | Path) -> PlaceState:
+    """The state of a picture, without reading it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = _PIECE.fullmatch(os.fspath(place))
+    state = os.stat(found[1] if found else place)
+    return PlaceState(int(found[3]) if found else state.st_size, state.st_mtime_ns)

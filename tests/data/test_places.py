@@ -1,0 +1,42 @@
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.manifest import ManifestConfig, load_manifest, write_manifest
+from twotower.data.places import file_of, piece_name, read_bytes, state_of
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_piece_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
+    red, blue = picture("red"), picture("blue")
+    pack = tmp_path / "odd #1+2 name/pack.tar"
+    pack.parent.mkdir()
+    pack.write_bytes(b"head" + red + blue)
+    name = piece_name("pack.tar", 4 + len(red), len(blue), "a/b/blue.png")
+    place = pack.parent / name
+    assert place.name == "blue.png" and file_of(place) == pack
+    assert read_bytes(place) == read_bytes(str(place)) == blue
+    assert decode_image(place).getpixel((0, 0)) == (0, 0, 255)
+    assert state_of(place) == (len(blue), pack.stat().st_mtime_ns)
+    assert state_of(pack) == (4 + len(red) + len(blue), pack.stat().st_mtime_ns)
+    beyond = pack.parent / piece_name("pack.tar", 4 + len(red), len(blue) + 1, "")
+    with pytest.raises(UnreadableImage, match=r"^pack.tar ends within the picture$"):
+        decode_image(beyond)
+    with pytest.raises(UnreadableImage, match="no such file"):
+        decode_image(tmp_path / name)
+
+
+def test_a_manifest_may_name_pieces(tmp_path: Path) -> None:
+    (tmp_path / "pack.bin").write_bytes(picture("red"))
+    name = piece_name("pack.bin", 0, len(picture("red")), "red.png")
+    write_manifest(tmp_path / "m.csv", ("filepath", "caption"), [(name, "red")])
+    pairs = load_manifest(ManifestConfig(manifest=str(tmp_path / "m.csv")))
+    assert decode_image(pairs.path(0)).getpixel((0, 0)) == (255, 0, 0)
