@@ -13,6 +13,7 @@ from difflib import get_close_matches
 
 COMMANDS = {
     "prepare": "lay out a data set (data=...) or the pretrained backbones (prepare backbones)",
+    "doctor": "find faults, duplicates and leaks in a data set, and write a cleaned manifest",
     "train": "train a variant (model=...) on a data set (data=...)",
     "evaluate": "measure a checkpoint's retrieval on a split: recall both ways, median rank",
     "encode": "turn images and captions into an embedding store, on one or many processes",
@@ -29,6 +30,7 @@ FREE_TEXT = ("query", "query_image", "filter", "path")
 # The free text that each command reads; `verb` is a bare word.
 READS = {
     "prepare": ("verb",),
+    "doctor": ("path",),
     "encode": ("path",),
     "store": ("verb", "path"),
     "search": ("query", "query_image"),

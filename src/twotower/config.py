@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
+from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.model_config import ModelConfig
 from twotower.settings import Choice, ConfigError, Section, setting
@@ -212,6 +213,7 @@ class Config:
     index: IndexConfig
     loss: LossConfig
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    doctor: DoctorConfig = dataclasses.field(default_factory=DoctorConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     zeroshot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)

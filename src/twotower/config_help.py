@@ -28,6 +28,7 @@ WORDS: dict[str, dict[str, str]] = {
     "prepare": {
         "backbones": "instead of data=...: lay out the pretrained towers under models/pretrained"
     },
+    "doctor": {"path=PATH": "a folder of pictures or a manifest, instead of data=..."},
     "encode": {"path=PATH": "a folder of pictures or a manifest, instead of data=..."},
     "store": {
         "info": "what a store holds, and how it was made",
@@ -44,6 +45,7 @@ WORDS: dict[str, dict[str, str]] = {
 }
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "train": ("seed",),
+    "doctor": ("seed", "checkpoint"),
     "evaluate": ("seed", "checkpoint"),
     "encode": ("seed", "checkpoint"),
     "store": ("seed", "checkpoint", "store"),
@@ -53,6 +55,7 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "run"),
+    "doctor": ("data", "doctor", "distributed", "run"),
     "train": (
         *("model", "data", "loss", "train", "evaluate", "zeroshot", "probe"),
         *("distributed", "run"),

@@ -48,7 +48,7 @@ Command = Callable[[Config, FreeText], float | None]
 MULTIRUN = ("-m", "--multirun")
 
 # Commands that belong to no run keep no folder and no log; others log beside the run they work on.
-WITHOUT_RUN = ("prepare", "store", "compare", "export", "info")
+WITHOUT_RUN = ("prepare", "doctor", "store", "compare", "export", "info")
 
 
 def run_name(root: DictConfig) -> str:
