@@ -7,7 +7,7 @@ from PIL import Image
 
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.manifest import ManifestConfig, load_manifest, write_manifest
-from twotower.data.places import file_of, piece_name, piece_names, read_bytes, state_of
+from twotower.data.places import file_of, piece_name, piece_names, read_bytes, read_place, state_of
 
 
 def picture(colour: str) -> bytes:
@@ -25,6 +25,7 @@ def test_a_piece_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
     place = pack.parent / name
     assert place.name == "blue.png" and file_of(place) == pack
     assert read_bytes(place) == read_bytes(str(place)) == blue
+    assert read_place(place) == (blue, pack.stat().st_mtime_ns)
     assert decode_image(place).getpixel((0, 0)) == (0, 0, 255)
     assert state_of(place) == (len(blue), pack.stat().st_mtime_ns)
     assert state_of(pack) == (4 + len(red) + len(blue), pack.stat().st_mtime_ns)

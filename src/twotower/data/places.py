@@ -51,21 +51,31 @@ def file_of(place: str | Path) -> Path:
     return Path(found[1] if found else place)
 
 
-def read_bytes(place: str | Path) -> bytes:
-    """The bytes of a picture.
+def read_place(place: str | Path) -> tuple[bytes, int]:
+    """The bytes of a picture, and when their file was changed (ns).
 
     Raises:
         OSError: the file cannot be read, or ends too soon.
     """
     found = _PIECE.fullmatch(os.fspath(place))
-    if found is None:
-        return Path(place).read_bytes()
-    size = int(found[3])
-    with open(found[1], "rb", buffering=0) as file:
+    with open(found[1] if found else place, "rb", buffering=0) as file:
+        changed = os.fstat(file.fileno()).st_mtime_ns
+        if found is None:
+            return file.read(), changed
+        size = int(found[3])
         data = os.pread(file.fileno(), size, int(found[2]))
     if len(data) < size:
         raise OSError(f"{Path(found[1]).name} ends within the picture")
-    return data
+    return data, changed
+
+
+def read_bytes(place: str | Path) -> bytes:
+    """The bytes of a picture.
+
+    Raises:
+        OSError: as `read_place`.
+    """
+    return read_place(place)[0]
 
 
 def state_of(place: str | Path) -> PlaceState:
