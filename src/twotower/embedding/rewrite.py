@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -218,13 +219,17 @@ def _write(
     texts: FloatRows | None,
     metadata: pa.Table,
 ) -> Shard:
-    """Write a shard's files, memory maps without loading them, and describe them."""
+    """Write a shard's files and describe them; what is mapped is a file's whole content."""
     files: dict[str, dict[str, int | str]] = {}
     for kind, rows in ((IMAGES, images), (TEXTS, texts)):
         if rows is not None:
             name = manifest.path(kind, number)
-            with replacing(folder / name) as temporary, temporary.open("wb") as file:
-                np.save(file, rows)
+            with replacing(folder / name) as temporary:
+                if isinstance(rows, np.memmap):  # a whole file; mapped pages would count as memory
+                    shutil.copyfile(str(rows.filename), temporary)
+                else:
+                    with temporary.open("wb") as file:
+                        np.save(file, rows)
             files[name] = described_file(folder / name)
     name = manifest.path(METADATA, number)
     _write_table(folder / name, metadata)
