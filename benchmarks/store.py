@@ -42,7 +42,7 @@ def make(folder: Path, rows: int, dim: int, first: int) -> None:
     writer = StoreWriter.begin(folder, plan)
     random = np.random.default_rng(first)
     for shard in writer.missing():
-        ids = np.arange(*writer.plan.shard_range(shard).indices(rows)[:2])
+        ids = np.array(writer.plan.shard_range(shard))
         vectors = random.standard_normal((len(ids), dim), np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         names = [f"/pictures/{first + n:09d}.jpg" for n in ids]
