@@ -55,6 +55,9 @@ def merge_stores(inputs: Sequence[Path], output: Path) -> Manifest:
         )
     stores = [EmbeddingStore.open(path) for path in inputs]
     first = stores[0]
+    for store in stores:
+        if not store.manifest.shards:
+            raise ConfigError(f"{store.folder} is of the older layout and cannot be merged")
     for store in stores[1:]:
         check_fingerprint(
             first.manifest, f"the store {first.folder}", store.manifest, str(store.folder)
