@@ -9,6 +9,8 @@ from typing import ClassVar
 from twotower.settings import ConfigError, Section, setting
 from twotower.train_config import Precision
 
+AUTO = "auto"
+
 
 class StoreDtype(enum.Enum):
     """What an embedding store holds."""
@@ -37,22 +39,37 @@ class EncodeConfig(Section):
     texts: bool = setting(True, "write caption embeddings where there are captions")
     dtype: StoreDtype = setting(StoreDtype.fp16, "fp16 or fp32")
     precision: Precision = setting(Precision.fp32, "what the towers compute in: fp32, bf16 or fp16")
-    batch_size: int = setting(64, "rows a forward pass", ge=1)
+    metadata: bool = setting(True, "write the source's own columns (url, class, ...) too")
+    limit: int = setting(0, "encode the first so many images; 0 is all", ge=0)
+    batch_size: int | str = setting(64, "rows a forward pass; auto finds out what is fast")
     shard_rows: int = setting(65536, "source rows a shard file", ge=1)
     num_workers: int = setting(0, "processes a rank that load images", ge=0)
     shard: int = setting(0, "do only the shards that are this modulo num_shards", ge=0)
     num_shards: int = setting(1, "jobs that share the work, one a value of shard", ge=1)
     update: bool = setting(False, "encode only what has changed since the store was finished")
     overwrite: bool = setting(False, "encode a finished store anew")
+    legacy_output: str = setting(
+        "", "empty folder for a copy of the image vectors as .pt files of paths and vectors"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        number = isinstance(self.batch_size, int) and self.batch_size >= 1
+        if not number and self.batch_size != AUTO:
+            raise ConfigError(
+                f"encode.batch_size must be at least 1, or auto, not {self.batch_size}"
+            )
         if self.update and self.overwrite:
             raise ConfigError("encode.update and encode.overwrite are both true; choose one")
         if self.shard >= self.num_shards:
             raise ConfigError(
                 f"encode.shard must be below encode.num_shards={self.num_shards}, not {self.shard}"
             )
+
+    @property
+    def known_batch_size(self) -> int:
+        """The batch size, or 0 where it is still to be found."""
+        return self.batch_size if isinstance(self.batch_size, int) else 0
 
 
 @dataclass(kw_only=True)

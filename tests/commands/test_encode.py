@@ -85,3 +85,20 @@ def test_a_missing_checkpoint_is_said_before_anything_is_read(config: Config) ->
     config.checkpoint = "nowhere/best.safetensors"
     with pytest.raises(ConfigError, match="no checkpoint at nowhere/best.safetensors; train one"):
         run(config, FreeText(path="/does/not/exist"))
+
+
+def test_a_few_pictures_and_a_copy_in_the_older_layout(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.encode.limit = 3
+    config.encode.legacy_output = str(tmp_path / "older")
+    run(config, FreeText())
+    store = EmbeddingStore.open(tmp_path / "models" / "a run" / "store")
+    older = EmbeddingStore.open(tmp_path / "older")
+    assert len(store) == len(older) == 3
+    assert np.allclose(store.image_shards()[0], older.image_shards()[0], atol=1e-3)
+    paths = [[e["image_path"] for e in each.metadata(range(3))] for each in (store, older)]
+    assert paths[0] == paths[1]
+    assert "wrote 1 files of the older layout into" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="is not empty; give encode.legacy_output an empty"):
+        run(config, FreeText())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.embedding.parts import (
@@ -26,7 +27,7 @@ from tests.embedding.parts import (
 from tests.helpers import run_ranks
 from twotower.data.pairs import PairTable
 from twotower.distributed import Stopped
-from twotower.embedding import encoder
+from twotower.embedding import batch_size, encoder
 from twotower.embedding import export as export_module
 from twotower.embedding.export import export
 from twotower.embedding.store import EmbeddingStore
@@ -411,6 +412,7 @@ def test_the_manifest_says_how_the_store_was_made(
         "rows_kind": "images",
         "images": True,
         "texts": True,
+        "columns": True,
         "shard_rows": 16,
         "batch_size": 5,
         "text_length": 8,
@@ -462,3 +464,49 @@ def test_a_model_that_gives_nan_is_refused(
     monkeypatch.setattr(encoder, "load_bundle", broken)
     with pytest.raises(ConfigError, match="features that are not finite numbers"):
         encode(checkpoint, source, tmp_path / "store")
+
+
+def test_a_batch_size_that_is_found_is_kept(
+    checkpoint: Path, source: PairTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto, output = with_changes(batch_size="auto"), tmp_path / "store"
+    rates = {8: 10.0, 16: 30.0, 32: 31.0, 64: 5.0, 128: 90.0}
+    tried = []
+
+    def rate(_: object, size: int, images: bool) -> float:
+        tried.append(size)
+        return rates[size]
+
+    monkeypatch.setattr(batch_size, "_rate", rate)
+    assert encode(checkpoint, source, output, auto).manifest.batch_size == 16
+    assert tried == [8, 16, 32, 64]
+    before = contents(output)
+    assert encode(checkpoint, source, output, auto).reused
+    (output / "img_emb" / "img_emb_0002.npy").unlink()
+    encode(checkpoint, source, output, auto)
+    assert tried == [8, 16, 32, 64] and contents(output) == before
+    with pytest.raises(ConfigError, match="encode.batch_size is 16 there and 5 here"):
+        encode(checkpoint, source, output)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, or auto, not many"):
+        with_changes(batch_size="many")
+    monkeypatch.undo()
+    one = encoder.Encoder(bundle_of(checkpoint))
+    assert batch_size.find_batch_size(one, images=True) in batch_size.SIZES
+    assert one.batch_size == 64
+
+
+def test_metadata_without_the_sources_own_columns(
+    checkpoint: Path, source: PairTable, tmp_path: Path
+) -> None:
+    """What the source has is passed on as it is, nested fields too, unless it is not wanted."""
+    nested = pa.array([{"licence": "free", "tags": [str(row)]} for row in range(COUNT)])
+    wide = PairTable(source.table.append_column("json", nested), source.root, "wide")
+    encode(checkpoint, wide, tmp_path / "full")
+    (row,) = EmbeddingStore.open(tmp_path / "full").metadata([3])
+    assert row["json"] == {"licence": "free", "tags": ["3"]} and row["url"].endswith("/3")
+    encode(checkpoint, wide, tmp_path / "bare", with_changes(metadata=False))
+    (bare,) = EmbeddingStore.open(tmp_path / "bare").metadata([3])
+    assert set(row) - set(bare) == {"json", "url"}
+    assert bare.items() <= row.items()
+    with pytest.raises(ConfigError, match="encode.metadata is True there and False here"):
+        encode(checkpoint, wide, tmp_path / "full", with_changes(metadata=False))

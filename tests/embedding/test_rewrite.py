@@ -17,6 +17,7 @@ from twotower.embedding import rewrite
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.export import export
 from twotower.embedding.layout import METADATA
+from twotower.embedding.legacy import write_legacy
 from twotower.embedding.rewrite import compact_store, merge_stores
 from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.verify import verify_store
@@ -91,6 +92,9 @@ def test_what_cannot_be_merged_is_said(
     export(checkpoint, source.head(20), tmp_path / "pairs", PAIRS, ONE_THREAD)
     with pytest.raises(ConfigError, match="encode.rows_kind is images in one and pairs in the"):
         merge_stores([halves[0], tmp_path / "pairs"], tmp_path / "merged")
+    write_legacy(EmbeddingStore.open(halves[0]), tmp_path / "older")
+    with pytest.raises(ConfigError, match="older is of the older layout and cannot be merged"):
+        merge_stores([halves[0], tmp_path / "older"], tmp_path / "merged")
     with pytest.raises(ConfigError, match="joins two stores or more"):
         merge_stores(halves[:1], tmp_path / "merged")
     with pytest.raises(ConfigError, match="is there already"):

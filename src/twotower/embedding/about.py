@@ -60,7 +60,8 @@ def verify_with_checkpoint(store: EmbeddingStore, config: Config) -> str:
     checkpoint = next((place for place in places if place.is_file()), None)
     encoder = None
     if checkpoint is None:
-        log.warning("the checkpoint %s is not there: no row is encoded again", named)
+        what = f"the checkpoint {named}" if named.name else "the checkpoint of this store"
+        log.warning("%s is not there: no row is encoded again", what)
     elif config.stores.sample:
         store.check_checkpoint(checkpoint)
         device = resolve_device(config.distributed)

@@ -33,8 +33,8 @@ def deleted_ids(folder: Path, manifest: Manifest) -> IntArray:
     return ids
 
 
-def alive_rows(folder: Path, manifest: Manifest, stored_ids: IntArray) -> list[Mask] | None:
-    """Which rows of each shard's files count; None if all of them do.
+def alive_rows(folder: Path, manifest: Manifest, stored_ids: IntArray) -> list[Mask]:
+    """Which rows of each shard's files count.
 
     Of rows with one id the last one counts: an update appends what has changed.
 
@@ -44,8 +44,6 @@ def alive_rows(folder: Path, manifest: Manifest, stored_ids: IntArray) -> list[M
     Raises:
         ConfigError: they are not as many as the manifest says.
     """
-    if not manifest.has_dead_rows:
-        return None
     _, from_the_end = np.unique(stored_ids[::-1], return_index=True)
     alive: Mask = np.zeros(len(stored_ids), bool)
     alive[len(stored_ids) - 1 - from_the_end] = True

@@ -74,6 +74,7 @@ _IDENTITY = {
     "rows_kind": "encode.rows",
     "images": "encode.images",
     "texts": "captions encoded (encode.texts)",
+    "columns": "encode.metadata",
     "dtype": "encode.dtype",
     "precision": "encode.precision",
     "batch_size": "encode.batch_size",
@@ -125,7 +126,8 @@ class Manifest:
         dim: values a row, of `dtype` (fp16 or fp32); `normalized` rows have unit norm before
             rounding.
         rows_kind: `images` (one row an image) or `pairs` (one row a caption).
-        images, texts: whether there are image and caption embeddings.
+        images, texts: whether there are image and caption embeddings; columns: whether the
+            metadata has the source's own columns.
         shard_rows: source rows a shard; batch_size: rows a forward pass; text_length: tokens a
             caption.
         precision, device, threads: what the towers computed in, where, with how many CPU threads a
@@ -150,6 +152,7 @@ class Manifest:
     rows_kind: str = "images"
     images: bool = True
     texts: bool = True
+    columns: bool = True
     shard_rows: int = 0
     batch_size: int = 0
     text_length: int = 0
@@ -217,9 +220,10 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """In what `other` is another encoding than this one, in the user's words.
 
-        How a checkpoint prepares its inputs is known only once it is loaded; before, it is empty.
+        How a checkpoint prepares its inputs, and `batch_size=auto`, are known only once it is
+        loaded; before, they are empty.
         """
-        late = ("preprocessing", "tokenizer")
+        late = ("preprocessing", "tokenizer", "batch_size")
         known = {n: w for n, w in _IDENTITY.items() if n not in late or self._both(other, n)}
         return self.differences_in(other, known)
 

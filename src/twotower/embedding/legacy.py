@@ -1,4 +1,4 @@
-"""Reading the older layout: one torch file a rank and batch, with paths and vectors in it."""
+"""The older layout, read and written: a torch file a rank and batch, with paths and vectors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
+from twotower.checkpoint.atomic import replacing
 from twotower.embedding.layout import FloatArray, FloatRows, IntArray, Manifest
 from twotower.embedding.store import EmbeddingStore
 from twotower.settings import ConfigError
@@ -71,6 +72,30 @@ def _fingerprint(paths: list[str], rows: FloatArray) -> str:
     sha256 = hashlib.sha256("\0".join(paths).encode(errors="surrogatepass"))
     sha256.update(np.ascontiguousarray(rows).data)
     return sha256.hexdigest()
+
+
+def write_legacy(store: EmbeddingStore, folder: Path, rows_a_file: int = 1000) -> int:
+    """Write a store's image vectors and paths in the older layout, as `.pt` files of a few rows.
+
+    Returns:
+        How many files.
+
+    Raises:
+        ConfigError: the store has no image vectors, the folder is not empty or cannot be written.
+    """
+    shards = store.image_shards()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; give encode.legacy_output an empty folder")
+    count = 0
+    for place, rows in enumerate(shards):
+        paths = store.table(place)["image_path"].to_pylist()
+        for first in range(0, len(rows), rows_a_file):
+            part = slice(first, first + rows_a_file)
+            emb = torch.from_numpy(np.array(rows[part], np.float32))
+            with replacing(folder / f"0-{count:03d}-{count}.pt") as temporary:
+                torch.save({"path": paths[part], "emb": emb}, temporary)
+            count += 1
+    return count
 
 
 class LegacyStore(EmbeddingStore):

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from twotower.data.images import UnreadableImage, transformed
 from twotower.data.pairs import PairTable
+from twotower.data.places import read_place, state_of
 from twotower.data.workers import plain_signals
-from twotower.models.dual_encoder import ImageTransform
+from twotower.decoded import ImageTransform
 
 Picture = Path | str | bytes | Image.Image | np.ndarray
 
@@ -48,17 +49,15 @@ def open_row(pairs: PairTable, row: int) -> tuple[bytes, int]:
     Raises:
         OSError: it cannot be read.
     """
-    with pairs.path(row).open("rb") as file:
-        return file.read(), os.fstat(file.fileno()).st_mtime_ns
+    return read_place(pairs.path(row))
 
 
 def stat_row(pairs: PairTable, row: int) -> FileState:
     """Size and time of the file of a row's picture, without its hash; zeros if there is none."""
     try:
-        stat = pairs.path(row).stat()
+        return FileState(*state_of(pairs.path(row)))
     except OSError:
         return FileState()
-    return FileState(stat.st_size, stat.st_mtime_ns)
 
 
 def row_state(pairs: PairTable, row: int) -> FileState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +55,9 @@ def merge_stores(inputs: Sequence[Path], output: Path) -> Manifest:
         )
     stores = [EmbeddingStore.open(path) for path in inputs]
     first = stores[0]
+    for store in stores:
+        if not store.manifest.shards:
+            raise ConfigError(f"{store.folder} is of the older layout and cannot be merged")
     for store in stores[1:]:
         check_fingerprint(
             first.manifest, f"the store {first.folder}", store.manifest, str(store.folder)
@@ -218,13 +222,17 @@ def _write(
     texts: FloatRows | None,
     metadata: pa.Table,
 ) -> Shard:
-    """Write a shard's files, memory maps without loading them, and describe them."""
+    """Write a shard's files and describe them; what is mapped is a file's whole content."""
     files: dict[str, dict[str, int | str]] = {}
     for kind, rows in ((IMAGES, images), (TEXTS, texts)):
         if rows is not None:
             name = manifest.path(kind, number)
-            with replacing(folder / name) as temporary, temporary.open("wb") as file:
-                np.save(file, rows)
+            with replacing(folder / name) as temporary:
+                if isinstance(rows, np.memmap):  # a whole file; mapped pages would count as memory
+                    shutil.copyfile(str(rows.filename), temporary)
+                else:
+                    with temporary.open("wb") as file:
+                        np.save(file, rows)
             files[name] = described_file(folder / name)
     name = manifest.path(METADATA, number)
     _write_table(folder / name, metadata)

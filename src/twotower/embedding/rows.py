@@ -58,12 +58,14 @@ class RowGrid:
             np.arange(self._first_id[first], self._first_id[stop], dtype=np.int64),
         )
 
-    def metadata(self, slots: Slots, keep: npt.NDArray[np.bool_]) -> pa.Table:
+    def metadata(
+        self, slots: Slots, keep: npt.NDArray[np.bool_], *, extra: bool = True
+    ) -> pa.Table:
         """The metadata of the slots that are kept.
 
         Columns: image_path (absolute), caption (of the row), captions (all of the image), row_id,
         source_row, image_id, split, then what else the source has; a source's column with one of
-        these names gets `source_` before it.
+        these names gets `source_` before it. `extra=False` leaves those of the source out.
         """
         rows = slots.source_rows[keep]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
@@ -80,7 +82,7 @@ class RowGrid:
             "image_id": source["image_id"],
             "split": source["split"],
         }
-        for name in source.column_names:
+        for name in source.column_names if extra else []:
             if name not in ("filepath", "captions", "image_id", "split"):
                 columns[f"source_{name}" if name in _OWN else name] = source[name]
         return pa.table(columns).combine_chunks()

@@ -14,6 +14,7 @@ from twotower.console import ProgressLine, progress
 from twotower.data.pairs import PairTable
 from twotower.distributed import is_main_process, rank, shard_range, world_size
 from twotower.embedding.claims import SECONDS_BETWEEN_LOOKS, Claims
+from twotower.embedding.clock import InputClock
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.layout import FloatRows
 from twotower.embedding.pictures import (
@@ -61,7 +62,8 @@ class ShardQueue:
         """The shards that nobody has finished yet."""
         if self._writer.is_over():
             self._left = []
-        self._left = [shard for shard in self._left if not self._writer.is_recorded(shard)]
+        recorded = self._writer.recorded()
+        self._left = [shard for shard in self._left if shard not in recorded]
         return self._left
 
     def done(self, shard: int) -> None:
@@ -80,11 +82,12 @@ class ShardEncoder:
         self._config = config
         self._writer = writer
         self._grid = RowGrid(pairs, config.rows)
+        self._clock = InputClock()
 
-    def run(self, claims: Claims, shards: Sequence[int]) -> None:
+    def run(self, claims: Claims, shards: Sequence[int]) -> InputClock:
         """Encode these shards, but for what other processes do; returns when all are done.
 
-        What a dead process had claimed is taken over.
+        What a dead process had claimed is taken over. What comes back knows where the time went.
         """
         # Each rank begins at another place, so that neighbours do not ask for the same claims.
         start = shard_range(len(shards), rank(), world_size()).start
@@ -104,6 +107,7 @@ class ShardEncoder:
                     told = True
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_BETWEEN_LOOKS)
+        return self._clock
 
     def _encode_claimed(self, queue: ShardQueue, line: ProgressLine, others: _Others) -> None:
         """Encode and commit every shard that can be claimed now."""
@@ -113,7 +117,7 @@ class ShardEncoder:
                 self._commit(queue, None, {}, [])
                 line.advance(len(rows))
             return
-        batches = picture_batches(
+        loader = picture_batches(
             self._pairs,
             self._encoder.bundle.eval_transform,
             queue,
@@ -121,6 +125,7 @@ class ShardEncoder:
             num_workers=self._config.num_workers,
             pin_memory=plan.device == "cuda",
         )
+        batches = self._clock.waiting(loader)
         for first in batches:
             others.mine.add(queue.claimed[0])
             rows = plan.shard_range(queue.claimed[0])
@@ -145,7 +150,7 @@ class ShardEncoder:
             shard,
             None if images is None else images[slots.source_rows[keep] - rows.start],
             None if texts is None else texts[keep],
-            self._grid.metadata(slots, keep),
+            self._grid.metadata(slots, keep, extra=plan.columns),
             self._grid.states(rows, files, reasons),
             [
                 InputError(row, name_of_row(self._pairs, row), reasons[row])
@@ -170,7 +175,7 @@ class ShardEncoder:
                 vectors[first : first + len(places)] = self._encoder.encode_batch(batch)
             reasons.update({places[place]: reason for place, reason in batch.reasons.items()})
             files += batch.states
-            line.advance(len(places))
+            line.advance(len(places), self._clock.note())
         return vectors, reasons, files
 
     def _text_rows(self, slots: Slots) -> FloatRows:

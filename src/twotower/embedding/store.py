@@ -133,6 +133,8 @@ class EmbeddingStore:
     @cached_property
     def _alive(self) -> list[Mask] | None:
         """Which rows of each shard's files count; None if all of them do."""
+        if not self.manifest.has_dead_rows:  # then the ids need not be read
+            return None
         return alive_rows(self.folder, self.manifest, self._stored_ids)
 
     def deleted(self) -> IntArray:

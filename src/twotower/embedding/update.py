@@ -117,7 +117,10 @@ def _encode_part(
     distributed: DistributedConfig,
 ) -> ExportResult | None:
     """Encode what is new or changed as a store of its own, exactly as the store was made."""
-    as_there = ("dim", "text_length", "model", "config", "preprocessing", "tokenizer", "threads")
+    as_there = (
+        *("dim", "text_length", "model", "config", "preprocessing", "tokenizer"),
+        *("batch_size", "threads"),
+    )
     plan = dataclasses.replace(
         plan,
         source_rows=len(pairs),

@@ -17,7 +17,15 @@ import torch
 
 from twotower.config import DistributedConfig
 from twotower.data.pairs import PairTable
-from twotower.distributed import Stopped, is_main_process, on_main, resolve_device, world_size
+from twotower.distributed import (
+    Stopped,
+    is_main_process,
+    local_world_size,
+    on_main,
+    resolve_device,
+    world_size,
+)
+from twotower.embedding.batch_size import find_batch_size
 from twotower.embedding.claims import Claims
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.folders import replace_store
@@ -108,18 +116,19 @@ def run_export(job: ExportJob) -> ExportResult | None:
         ConfigError: as for `export`.
         Stopped: by Ctrl-C or SIGTERM.
     """
-    encoder = Encoder.load(
-        job.checkpoint, resolve_device(job.distributed), job.encode.precision, job.encode.batch_size
-    )
+    encoder = Encoder.load(job.checkpoint, resolve_device(job.distributed), job.encode.precision)
     writer, missing = on_main(_begin, job, encoder)
     plan = writer.plan
+    encoder.batch_size = plan.batch_size
     if plan.source_fingerprint != job.plan.source_fingerprint:
         raise ConfigError("the source has changed since the first process looked; run this again")
     started = time.monotonic()
     with _stopping_at_once(), _num_threads(plan.threads), Claims(job.folder) as claims:
-        ShardEncoder(encoder, job.pairs, job.encode, writer).run(claims, missing)
+        clock = ShardEncoder(encoder, job.pairs, job.encode, writer).run(claims, missing)
         if not is_main_process():
             return None
+        if sentence := clock.sentence(job.encode.num_workers, local_world_size()):
+            log.info("%s", sentence)
         seconds = time.monotonic() - started
         manifest = _finish(job, writer, claims)
     encoded = sum(len(plan.shard_range(shard)) for shard in missing)
@@ -180,10 +189,18 @@ def _num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _batch_size_of(folder: Path) -> int:
+    """The batch size with which a store was begun; 0 if there is none."""
+    return Manifest.read(folder).batch_size if (folder / MANIFEST).exists() else 0
+
+
 def _begin(job: ExportJob, encoder: Encoder) -> tuple[StoreWriter, list[int]]:
     """The store in the making and the shards that this job is to do; says what is kept."""
     wanted = dataclasses.replace(job.plan, **encoder.description(), threads=torch.get_num_threads())
     with Claims(job.folder) as claims, claims.holding("begin"):
+        if not wanted.batch_size:
+            size = _batch_size_of(job.folder) or find_batch_size(encoder, images=wanted.images)
+            wanted = dataclasses.replace(wanted, batch_size=size)
         anew = job.part or job.folder != job.output
         writer = StoreWriter.begin(job.folder, wanted, anew=anew, may_be_empty=job.part)
         plan, missing = writer.plan, writer.missing()

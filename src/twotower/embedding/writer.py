@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,15 @@ class StoreWriter:
     def is_recorded(self, shard: int) -> bool:
         """Whether a shard's record is written; cheaper than to look at its files."""
         return self._record(shard).exists()
+
+    def recorded(self) -> set[int]:
+        """The shards that have a record, by one look at their folder."""
+        try:
+            names = os.listdir(self.folder / DONE)
+        except OSError:
+            return set()
+        records = (name for name in names if name.endswith(".json") and name[0] != ".")
+        return {int(Path(name).stem.rpartition("_")[2]) for name in records}
 
     def _record(self, shard: int) -> Path:
         return self.folder / self.plan.path(DONE, shard)
