@@ -70,7 +70,8 @@ def encode_in_parts(model: DualEncoder, rows: int = CPU_ROWS) -> None:
 def _in_parts(forward: Callable[[Tensor], Tensor], rows: int, images: Tensor) -> Tensor:
     if len(images) <= rows:
         return forward(images)
-    return torch.cat([forward(part) for part in images.split(rows)])
+    starts = range(0, len(images), rows)
+    return torch.cat([forward(images[start : start + rows]) for start in starts])
 
 
 def compile_towers(model: DualEncoder, device: torch.device) -> None:
