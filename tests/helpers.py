@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class SquareTransform:
     """Squash to a square of uint8 (3, size, size)."""
 
     size: int = 16
-    side: int = 0
+    side: ClassVar[int] = 0
 
     def __call__(self, picture: Picture) -> Tensor:
         image = Image.fromarray(picture.pixels) if isinstance(picture, Decoded) else picture
