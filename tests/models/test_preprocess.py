@@ -115,4 +115,5 @@ def test_image_input_survives_json_and_transforms_survive_pickle() -> None:
     assert pickle.loads(pickle.dumps(made)) == made
     made_exact = image_input.eval_transform(ModelConfig(exact=True))
     assert made_exact == EvalTransform(48, Interpolation.bilinear, exact=True)
-    assert image_input.eval_transform(ModelConfig()).side == 96
+    assert image_input.eval_transform(ModelConfig(exact=False)).side == 96
+    assert image_input.eval_transform(ModelConfig()).side == 0
