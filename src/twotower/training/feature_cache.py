@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from twotower.checkpoint.atomic import replacing
 from twotower.console import progress
+from twotower.data.images import stack_pictures
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample, trim_padding
 from twotower.data.places import state_of
 from twotower.data.workers import plain_signals
@@ -162,7 +163,7 @@ def image_features(
                 images = [item for item in items if item is not None]
                 if images:
                     with autocast(device, config.precision):
-                        encoded = trunk(torch.stack(images).to(device, non_blocking=True))
+                        encoded = trunk(stack_pictures(images).to(device, non_blocking=True))
                     features.append(encoded.float().cpu())
                 bar.advance(len(items))
         kept = gathered(torch.tensor(readable, dtype=torch.bool))
