@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
@@ -196,6 +197,15 @@ def test_a_local_file_brings_its_own_constants(
     assert norm.mean == pytest.approx(tuple(default))
 
 
+def test_training_pictures_may_be_smaller(bert: Path) -> None:
+    bundle = build(bert_config(bert, image_size=64, train_image_size=40))
+    picture = Image.new("RGB", (90, 70))
+    assert bundle.eval_transform(picture).shape == (3, 64, 64)
+    train = bundle.train_transform(picture)
+    assert train.shape == (3, 40, 40)
+    assert bundle.model.encode_image(train[None], normalize=True).shape[0] == 1
+
+
 def test_image_weights_that_do_not_fit_get_a_sentence(
     bert: Path, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
@@ -254,6 +264,10 @@ def test_settings_that_do_not_fit_get_a_sentence(bert: Path) -> None:
         ({"text_unlocked_stages": 5}, "model.text_unlocked_stages is 5, but .* has 4 stages"),
         ({"batch_norm": BatchNorm.frozen}, "model.batch_norm=frozen keeps running statistics"),
         ({"image_mean": [0.5]}, "model.image_mean must be three numbers"),
+        (
+            {"image_encoder": "test_vit", "image_size": 64, "train_image_size": 40},
+            "model.train_image_size: this image encoder cannot take 40 pixels",
+        ),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             build(bert_config(bert, **fields))
