@@ -133,6 +133,24 @@ def test_one_text_as_the_caption_and_the_url_of_the_metadata(tmp_path: Path) -> 
     assert load_yfcc100m(chosen).captions(0) == ['A "small" dog, running']
 
 
+def test_pictures_without_a_caption_are_no_data_set(tmp_path: Path) -> None:
+    write_lists(tmp_path)
+    answers = {path_of(IDS[1]): [Answer(200, png((1, 1, 1)))]}  # its title is empty
+    with served(answers) as server:
+        chosen = config(tmp_path, server.url, texts=Texts.title)
+        assert refusal(chosen) == f"{tmp_path} has no picture with a caption"
+    assert not (tmp_path / "train.tsv").exists()
+
+
+def test_a_file_without_addresses_beside_one_with_them(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").touch()
+    for name, url in (("train", "http://x/1"), ("dev", "")):
+        lines = f"filepath\tcaption\tsplit\timage_id\turl\n1.jpg\tx\t{name}\t{name}\t{url}\n"
+        (tmp_path / f"{name}.tsv").write_text(lines)
+    table = load_yfcc100m(config(tmp_path)).table
+    assert table["url"].to_pylist() == ["http://x/1", None]
+
+
 @pytest.mark.parametrize(
     ("text", "caption"),
     [
@@ -158,6 +176,8 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     assert "has no metadata (yfcc100m_dataset," in refusal(config(tmp_path))
     (tmp_path / "yfcc100m_dataset").write_text("a\tb\n")
     assert "is no list of line number, photo id and hash" in refusal(config(tmp_path))
+    subset.write_text(f"0\t{IDS[0]}\t../../x\n")
+    assert refusal(config(tmp_path)).endswith("photo id and hash: ../../x")
     subset.write_text(f"0\t{IDS[0]}\t{HASHES[IDS[0]]}\n")
     assert "has 2 columns; YFCC100M's metadata have 23 to 25" in refusal(config(tmp_path))
     (tmp_path / "yfcc100m_dataset").write_text("\t".join(line(5, 23)) + "\n")

@@ -90,7 +90,9 @@ def load_yfcc100m(config: Yfcc100mConfig) -> PairTable:
         for path in paths
         if path.is_file()
     ]
-    return PairTable(pa.concat_tables([part.table for part in parts]), root, "yfcc100m")
+    # A column without a value in one of the files has no type there.
+    table = pa.concat_tables([part.table for part in parts], promote_options="permissive")
+    return PairTable(table, root, "yfcc100m")
 
 
 @PREPARERS.register("yfcc100m", Yfcc100mConfig)
@@ -184,7 +186,7 @@ def _write_splits(root: Path, rows: Iterator[dict[str, Any]], config: Yfcc100mCo
             for caption in captions:
                 line = (_file(row), caption, split, row["photo_id"], row["url"])
                 writers[split].writerow(line)
-        if not images:
+        if not images.total():
             raise ConfigError(f"{root} has no picture with a caption")
     for split, name in SPLIT_FILES.items():
         if not images[split]:
