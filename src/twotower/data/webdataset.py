@@ -29,9 +29,9 @@ from twotower.console import progress
 from twotower.data.pairs import DATASETS, PREPARERS, PairTable
 from twotower.data.places import piece_names
 from twotower.data.splits import SplitConfig, draw_splits
-from twotower.data.table import SCHEMA
+from twotower.data.table import SCHEMA, concat_as_text
 from twotower.data.tar_names import expand, filesystem, is_remote
-from twotower.data.tars import JSON, column_of, index_tar
+from twotower.data.tars import JSON, index_tar
 from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def load_webdataset(config: WebdatasetConfig) -> PairTable:
         for url, (tar, index) in indexed.items()
         if len(index)  # img2dataset leaves an empty tar where no download succeeded
     ]
-    table = _with_own_ids(_concat(tables)).combine_chunks()
+    table = _with_own_ids(concat_as_text(tables)).combine_chunks()
     pairs = PairTable(table, root, config.tars)
     return pairs if val else draw_splits(pairs, config.val_fraction, config.split_seed)
 
@@ -218,22 +218,3 @@ def _with_own_ids(table: pa.Table) -> pa.Table:
         return table
     column = table.schema.get_field_index("image_id")
     return table.set_column(column, "image_id", table["filepath"])
-
-
-def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """All tables as one; a column whose types do not agree becomes text."""
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException:
-        extra = dict.fromkeys(c for table in tables for c in table.column_names)
-        table = pa.concat_tables([table.select([*SCHEMA.names, "key"]) for table in tables])
-        for name in list(extra)[len(SCHEMA.names) + 1 :]:
-            values = [
-                value
-                for part in tables
-                for value in (
-                    part[name].to_pylist() if name in part.column_names else [None] * len(part)
-                )
-            ]
-            table = table.append_column(name, column_of(values))
-        return table
