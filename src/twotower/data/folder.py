@@ -73,7 +73,7 @@ def load_folder(config: FolderConfig) -> PairTable:
     files = list_pictures(root)
     if not files:
         raise ConfigError(f"{root} has no pictures ({' '.join(SUFFIXES)})")
-    splits = _split_folders(files)
+    splits = split_folders(files)
     if splits:
         outside = sum(file.parts[0] not in splits for file in files)
         if outside:
@@ -134,7 +134,7 @@ def _left_out(error: OSError) -> None:
     log.warning("%s: left out, because it cannot be listed: %s", error.filename, error.strerror)
 
 
-def _split_folders(files: list[PurePosixPath]) -> dict[str, str]:
+def split_folders(files: list[PurePosixPath]) -> dict[str, str]:
     """Top folders that are splits, and which: train and at least one other, or none."""
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
     found = {folder: split for folder, split in SPLIT_FOLDERS.items() if folder in tops}

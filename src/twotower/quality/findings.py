@@ -79,8 +79,12 @@ def of_copies(grouped: Grouped) -> pa.Table:
 
 
 def of_embeddings(kind: str, pairs: Rows, cosines: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows (P, 2) that a checkpoint hardly tells apart."""
-    return _table(kind, pairs[:, 1], None, pairs[:, 0].tolist(), cosines.tolist())
+    """Of pairs (P, 2) that a checkpoint hardly tells apart each later row, with its nearest."""
+    order = np.argsort(-cosines, kind="stable")
+    _, best = np.unique(pairs[order, 1], return_index=True)
+    chosen = order[best]
+    near = pairs[chosen]
+    return _table(kind, near[:, 1], None, near[:, 0].tolist(), cosines[chosen].tolist())
 
 
 def removed_rows(findings: pa.Table, kinds: Collection[str], count: int) -> npt.NDArray[np.bool_]:
