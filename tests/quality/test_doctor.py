@@ -158,6 +158,10 @@ def test_checkpoint_finds_what_it_cannot_tell_apart(
     near = [row for row in rows if row["kind"] == "embedding_duplicate"]
     assert all(0.5 <= row["similarity"] <= 1.0001 and row["of"] for row in near)
     assert len({row["filepath"] for row in near}) == len(near)
+    # What the pixels tell is not told again.
+    copies = {row["filepath"] for row in rows if row["kind"].endswith(("leak", "duplicate"))}
+    assert len(copies) == len(near) + 6
+    assert not {row["of"] for row in near} & {"same.jpg", "leak.jpg", "cut.jpg"}
 
 
 def test_a_path_is_looked_at_and_not_the_data_section(

@@ -19,7 +19,7 @@ from twotower.config import Config, DataConfig
 from twotower.data.manifest import ManifestConfig
 from twotower.data.pairs import PairTable
 from twotower.distributed import resolve_device
-from twotower.doctor_config import EMBEDDED, MEANINGS, DoctorConfig
+from twotower.doctor_config import COPIES, EMBEDDED, MEANINGS, DoctorConfig
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.export import existing_checkpoint
 from twotower.models.openai_tokenizer import OpenAITokenizer
@@ -81,18 +81,18 @@ def examine(config: Config, pairs: PairTable, folder: Path, path: str | None = N
     found = scan(pairs, limits, doctor.num_workers, folder / "scan.parquet")
     findings = pa.concat_tables([found_in.of_pictures(found), found_in.of_captions(captions)])
     # What is left out for itself cannot be the one of a group that stays.
-    usable = has_picture(found) & ~found_in.removed_rows(findings, doctor.remove, len(pairs))
+    usable = has_picture(found) & ~found_in.rows_with(findings, doctor.remove, len(pairs))
     splits = pairs.table["split"].to_pylist()
     log.info("looking for duplicates among %d images", int(usable.sum()))
     grouped = find_copies(found, usable, splits, doctor.near_similarity, device)
     findings = pa.concat_tables([findings, found_in.of_copies(grouped)])
     if encoder is not None:
-        rows = np.flatnonzero(has_picture(found))
-        near, cosines = near_by_embedding(encoder, pairs, rows, doctor.embedding_similarity)
-        news = grouped.group[near[:, 0]] != grouped.group[near[:, 1]]
-        embedded = found_in.of_embeddings(EMBEDDED, near[news], cosines[news])
-        findings = pa.concat_tables([findings, embedded])
-    removed = found_in.removed_rows(findings, doctor.remove, len(pairs))
+        # One of each group; and all blank pictures are alike.
+        rows = usable & ~found_in.rows_with(findings, (*COPIES, "blank"), len(pairs))
+        least = doctor.embedding_similarity
+        near = near_by_embedding(encoder, pairs, np.flatnonzero(rows), least)
+        findings = pa.concat_tables([findings, found_in.of_embeddings(EMBEDDED, *near)])
+    removed = found_in.rows_with(findings, doctor.remove, len(pairs))
     summary = _summary(config, pairs, findings, removed, captions)
     summary["groups_of_copies"] = int((np.bincount(grouped.group) > 1).sum())
     return Diagnosis(findings, grouped.group, removed, summary)
