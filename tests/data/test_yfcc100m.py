@@ -63,6 +63,7 @@ def refusal(settings: Yfcc100mConfig) -> str:
 def test_pictures_are_downloaded_and_split(tmp_path: Path) -> None:
     root = tmp_path / "yfcc"
     write_lists(root)
+    write_lists(root, name="yfcc100m_dataset")  # unpacked beside what was downloaded
     answers = {path_of(photo): [Answer(200, png((photo % 100, 0, 0)))] for photo in IDS}
     answers[path_of(IDS[5])] = [Answer(404)]
     answers[path_of(IDS[6])] = [Answer(500)]
@@ -77,6 +78,7 @@ def test_pictures_are_downloaded_and_split(tmp_path: Path) -> None:
         assert server.asked == {path_of(IDS[6]): 1}
     pairs = load_yfcc100m(config(root))
     assert len(pairs) == 11
+    assert pq.read_metadata(root / "selected.parquet").num_rows == 12
     assert len(pairs.split("train")) + len(pairs.split("val")) == 11
     assert len(pairs.split("val")) == sum(1 for _ in (root / "dev.tsv").open()) - 1 - sum(
         len(captions) - 1 for captions in pairs.split("val").table["captions"].to_pylist()

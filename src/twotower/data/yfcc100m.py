@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import enum
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -130,7 +131,7 @@ def _lists(root: Path) -> tuple[Path, list[Path]]:
             f"{root} has no {LISTS[0]}; download "
             "https://openaipublic.azureedge.net/clip/data/yfcc100m_subset_data.tsv.bz2 into it"
         )
-    found = (sorted(root.glob(pattern)) for pattern in METADATA)
+    found = (_each_once(sorted(root.glob(pattern))) for pattern in METADATA)
     metadata = next((paths for paths in found if paths), [])
     if not metadata:
         raise ConfigError(
@@ -138,6 +139,14 @@ def _lists(root: Path) -> tuple[Path, list[Path]]:
             "new_metadata.csv); ask for them at https://multimediacommons.org"
         )
     return subset, metadata
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """One form of each file: unpacked beside packed, the metadata would count twice."""
+    forms: dict[str, Path] = {}
+    for path in paths:
+        forms.setdefault(re.sub(r"(\.bz2|\.gz|\.sql)$", "", path.name), path)
+    return list(forms.values())
 
 
 def _rows(file: pq.ParquetFile, total: int) -> Iterator[dict[str, Any]]:
