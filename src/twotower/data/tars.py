@@ -96,9 +96,9 @@ def index_tar(path: Path, image_key: str, caption_key: str) -> pa.Table:
 def _check_end(tar: tarfile.TarFile) -> None:
     """Refuse a tar whose last header is no end mark; `tarfile` takes it for the end in silence."""
     assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
+    tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"cut or damaged at byte {tar.offset}")  # type: ignore[attr-defined]
+        raise tarfile.ReadError(f"cut or damaged at byte {tar.offset}")
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[Sample]:
