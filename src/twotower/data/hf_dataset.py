@@ -102,11 +102,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _names(path: Path, key: str) -> list[str]:
     """The files or folders that a description lists, which all lie beside it."""
-    entries = _read_object(path).get(key) or []
-    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
-    for name in names:
+    names: list[str] = []
+    for entry in _read_object(path).get(key) or []:
+        name = entry.get("filename") if isinstance(entry, dict) else entry
         if not isinstance(name, str) or Path(name).name != name:
             raise ConfigError(f"{path}: {key} has {name!r}, which is no name beside it")
+        names.append(name)
     return names
 
 

@@ -26,7 +26,7 @@ BATCH = 1024
 class LeftOut(NamedTuple):
     """What a source does not read for want of a caption: how many, and what the first of it are."""
 
-    count: int = 0
+    number: int = 0
     first: tuple[str, ...] = ()
 
 

@@ -136,7 +136,7 @@ def _summary(
         },
         "captions": {
             "captions": captions.captions,
-            "left_out": captions.left_out.count,
+            "left_out": captions.left_out.number,
             "left_out_first": list(captions.left_out.first),
             "too_long": captions.too_long,
             "length": captions.length,
