@@ -87,6 +87,9 @@ def test_the_official_annotations(tmp_path: Path) -> None:
     pairs = load(tmp_path)
     assert captions(pairs) == CAPTIONS
     assert pairs.table["split"].to_pylist() == ["train"] * 3 + ["val"] * 2
+    copied = tmp_path / "captions_val2017.json"  # a second copy brings no image twice
+    copied.write_bytes((tmp_path / "annotations/captions_val2017.json").read_bytes())
+    assert load(tmp_path).table == pairs.table
     row = pairs.table.slice(0, 1).to_pylist()[0]
     assert (row["width"], row["height"]) == (640, 480) and row["url"].endswith("391895.jpg")
     old = load(tmp_path, splits=CocoSplits.official2014)
@@ -97,6 +100,8 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     assert "has no dataset_coco.json; Karpathy's splits are in https://" in refusal(tmp_path)
     lacks = refusal(tmp_path, splits=CocoSplits.official2017)
     assert "has no annotations/captions_train2017.json" in lacks
+    lacks = refusal(tmp_path, splits=CocoSplits.official2014)
+    assert lacks.endswith("annotations_trainval2014.zip")
     write_karpathy(tmp_path)
     assert "has none of the 5 pictures of dataset_coco.json; unpack http" in refusal(tmp_path)
     images = [karpathy("1.jpg", 0, "train", ["a dog"])]

@@ -1,4 +1,6 @@
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -86,14 +88,42 @@ def test_never_more_connections_than_allowed_and_a_pace(
     monkeypatch.setattr(downloads.time, "sleep", waits.append)
     monkeypatch.setattr(downloads.time, "monotonic", lambda: 100.0)
     answers = {f"/{key}": [Answer(200, PICTURE)] for key in range(12)}
-    answers["/0"] = [Answer(503, headers=(("Retry-After", "7"),)), Answer(200, PICTURE)]
     with served(answers) as server:
         polite = fetcher(connections=3, per_second=4.0)
         assert download_all(jobs(server, tmp_path, range(12)), 12, tmp_path / "d.tsv", polite) == {
             State.ok: 12
         }
         assert server.most_at_once <= 3
-    assert sorted(waits) == sorted([n / 4 for n in range(13)] + [7.0])
+    assert sorted(waits) == [n / 4 for n in range(1, 12)]
+
+
+def test_all_wait_when_a_server_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(downloads.time, "sleep", waits.append)
+    monkeypatch.setattr(downloads.time, "monotonic", lambda: 100.0)
+    answers = {f"/{key}": [Answer(200, PICTURE)] for key in range(4)}
+    answers["/1"] = [Answer(503, headers=(("Retry-After", "7"),)), Answer(200, PICTURE)]
+    answers["/3"] = [Answer(429, headers=(("Retry-After", "3600"),)), Answer(200, PICTURE)]
+    with served(answers) as server:
+        polite = fetcher(connections=1, pause=0.5)
+        counts = download_all(jobs(server, tmp_path, range(4)), 4, tmp_path / "d.tsv", polite)
+    assert counts == {State.ok: 3, State.failed: 1}
+    assert waits == [0.5, 7.0, 7.0, 7.0]  # a pause, the second try, and the pictures after it
+
+
+def test_how_long_a_server_asks_to_wait() -> None:
+    later = datetime.now(UTC) + timedelta(seconds=60)
+    assert downloads._seconds("60") == 60
+    assert 50 < downloads._seconds(format_datetime(later, usegmt=True)) <= 60
+    assert downloads._seconds("") == downloads._seconds("soon") == 0
+
+
+def test_an_address_that_is_none_is_not_tried_again(tmp_path: Path) -> None:
+    addresses = ["", "x.jpg", "ftp://x/y.jpg", "http://"]
+    wrong = [Download(key, url, tmp_path / str(key)) for key, url in enumerate(addresses)]
+    assert {fetcher(pause=99.0).fetch(job).state for job in wrong} == {State.gone}
 
 
 def test_a_server_that_gives_nothing_is_not_taken_for_empty(
@@ -109,8 +139,12 @@ def test_a_server_that_gives_nothing_is_not_taken_for_empty(
         "network and data.url, and run it again"
     )
     assert len(record.read_text().splitlines()) == 4
+    record = tmp_path / "e.tsv"
     with pytest.raises(ConfigError, match=r"none of 1 pictures .* \(ConnectionError\)"):
-        download_all(jobs(server, tmp_path, [99]), 1, tmp_path / "e.tsv", fetcher())
+        download_all(jobs(server, tmp_path, [99]), 1, record, fetcher())
+    with served({"/9": [Answer(403)]}) as server, pytest.raises(ConfigError, match="none of 1"):
+        download_all(jobs(server, tmp_path, [9]), 1, record, fetcher())  # a proxy, perhaps
+    assert record.read_text() == ""
 
 
 def test_a_disk_that_cannot_be_written(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     assert "has no dataset_flickr30k.json or results_20130124.token" in refusal(tmp_path)
     (tmp_path / "results.csv").write_text("image_name| comment_number| comment\nx.jpg a dog\n")
     assert "line 2: no picture and caption in 'x.jpg a dog'" in refusal(tmp_path)
+    (tmp_path / "results.csv").write_text("image_name| comment_number| comment\n")
+    assert "results.csv has no captions" in refusal(tmp_path)
     path = tmp_path / "dataset_flickr30k.json"
     path.write_text('{"images": [{"filename": "a.jpg"')
     assert "is not whole JSON (Expecting" in refusal(tmp_path)

@@ -104,4 +104,13 @@ def test_what_is_missing_is_named_with_where_to_get_it(tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text(f"image,caption\n{NAMES[0]},a dog\n{NAMES[1]}\n")
     assert refusal(tmp_path).endswith(f"line 3: no picture and caption in '{NAMES[1]}'")
     (tmp_path / "captions.txt").write_text("image,caption\n")
-    assert "has no images" in refusal(tmp_path)
+    assert refusal(tmp_path) == f"{tmp_path}/captions.txt has no captions; download it again"
+    (tmp_path / "captions.txt").write_text("image,caption\nother.jpg,a dog\n")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}/Images has none of the 1 pictures of captions.txt, for example other.jpg; "
+        "unpack them there"
+    )
+    (tmp_path / "captions.txt").write_bytes("image,caption\na.jpg,café\n".encode("latin-1"))
+    assert refusal(tmp_path) == f"{tmp_path}/captions.txt is not UTF-8 text"
+    (tmp_path / "captions.txt").write_text("")
+    assert refusal(tmp_path).endswith("captions.txt is empty")

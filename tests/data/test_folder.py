@@ -82,6 +82,14 @@ def test_train_and_val_folders_are_the_splits(
     assert "left out 1 pictures outside" in caplog.text
 
 
+def test_without_a_val_folder_it_is_drawn_from_train(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{split}/{n}.jpg" for split in ("train", "test") for n in range(10)))
+    pairs = load(tmp_path, val_fraction=0.2)
+    splits = pairs.table["split"].to_pylist()
+    assert splits[:10] == ["test"] * 10
+    assert (splits.count("train"), splits.count("val")) == (8, 2)
+
+
 def test_without_split_folders_whole_images_are_drawn(tmp_path: Path) -> None:
     touch(tmp_path, *(f"train/{n}.jpg" for n in range(20)))
     pairs = load(tmp_path, val_fraction=0.2)
@@ -146,3 +154,23 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     assert "outside class folders" in refusal(tmp_path / "sets", captions=CaptionsFrom.classes)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     assert refusal(tmp_path).endswith("a.txt is not UTF-8 text")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "a.txt").mkdir()
+    wrong = refusal(tmp_path, captions=CaptionsFrom.text)
+    assert wrong.endswith("a.txt cannot be read: Is a directory")
+
+
+def test_a_folder_that_cannot_be_listed_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert files(load(tmp_path)) == ["a/1.jpg"]
+    assert "b: left out, because it cannot be listed: Permission denied" in caplog.text

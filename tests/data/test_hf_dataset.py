@@ -93,6 +93,20 @@ def test_rows_that_are_one_image_and_pictures_that_are_files(tmp_path: Path) -> 
     assert colours(pairs) == [COLOURS[0]]
 
 
+def test_splits_whose_columns_differ(tmp_path: Path) -> None:
+    whole = made()
+    test = whole.select([1, 4])
+    splits = {"train": whole.select([0, 3]), "test": test.remove_columns(["score", "caption"])}
+    splits["test"] = splits["test"].add_column("score", ["low", "high"])
+    splits["test"] = splits["test"].add_column("caption", ["one text", "another"])
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
+    pairs = load(tmp_path / "d", val_fraction=0.5)
+    assert pairs.table["captions"].to_pylist() == [["a", "b"], ["e"], ["one text"], ["another"]]
+    assert pairs.table["score"].to_pylist() == ["0.5", "3.0", "low", "high"]
+    assert pairs.table["split"].to_pylist()[2:] == ["test", "test"]
+    assert sorted(pairs.table["split"].to_pylist()[:2]) == ["train", "val"]
+
+
 def test_each_mistake_has_its_sentence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert refusal("") == "data.folder is not given; set it to a folder that save_to_disk wrote"
     assert "neither dataset_dict.json nor state.json" in refusal(tmp_path)
@@ -103,6 +117,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path, caplog: pytest.LogCapture
     assert "has no column text; it has image" in refusal(folder, caption_column="text")
     assert "holds double, not texts or lists of" in refusal(folder, caption_column="score")
     assert "data.image_id_column chooses" in refusal(folder, image_id_column="id")
+    assert "score is empty in 1 rows" in refusal(folder, image_id_column="score")
     path = folder / "data-00000-of-00001.arrow"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -114,6 +129,11 @@ def test_each_mistake_has_its_sentence(tmp_path: Path, caplog: pytest.LogCapture
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "_data_files": []}))
     assert refusal(folder).endswith("has no rows")
+    elsewhere = [{"filename": "../../other.arrow"}]
+    (folder / "state.json").write_text(json.dumps({**state, "_data_files": elsewhere}))
+    assert "'../../other.arrow', which is no name beside it" in refusal(folder)
+    (folder / "state.json").write_text("[]")
+    assert "is not what save_to_disk writes" in refusal(folder)
     (folder / "state.json").write_text("{")
     assert "is not whole JSON" in refusal(folder)
 

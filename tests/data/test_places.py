@@ -32,6 +32,9 @@ def test_a_piece_of_a_file_is_read_like_a_file(tmp_path: Path) -> None:
     beyond = pack.parent / piece_name("pack.tar", 4 + len(red), len(blue) + 1, "")
     with pytest.raises(UnreadableImage, match=r"^pack.tar ends within the picture$"):
         decode_image(beyond)
+    with pytest.raises(OSError, match="ends within the picture"):
+        read_bytes(pack.parent / piece_name("pack.tar", 4, 10**18, ""))
+    assert piece_name("pack.tar", 0, 1, "a/..") == piece_name("pack.tar", 0, 1, "picture")
     with pytest.raises(UnreadableImage, match="no such file"):
         decode_image(tmp_path / name)
 

@@ -81,6 +81,45 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "without a picture (jpg;png); they have .gif, .txt" in caplog.text
 
 
+def test_text_that_is_no_utf8_neither_ends_the_indexing_nor_stays(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in [
+            ("café.jpg", png((1, 2, 3))),
+            ("café.txt", "un café".encode("latin-1")),
+            ("1.jpg", png((1, 2, 3))),
+            (
+                "1.json",
+                b'{"caption": "half \\ud83d of one", "\\udc00": ["\\ud83d\\ude00", "\\ude00"]}',
+            ),
+            ("2.jpg", png((1, 2, 3))),
+            ("2.json", b"[" * 100_000),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    table = index(path)
+    assert table["key"].to_pylist() == ["caf\ufffd", "1", "2"]
+    assert table["captions"].to_pylist() == [["un caf\ufffd"], ["half ? of one"], []]
+    assert [json.loads(text or "null") for text in table["json.?"].to_pylist()] == [
+        None,
+        ["\U0001f600", "?"],
+        None,
+    ]
+
+
+def test_a_tar_that_is_cut_or_damaged_between_members_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [(f"{key}.jpg", b"x") for key in range(4)])
+    whole = path.read_bytes()
+    assert len(index(path)) == 4
+    path.write_bytes(whole[: 4 * 1024] + bytes(512))  # some writers put one block there
+    assert len(index(path)) == 4
+    path.write_bytes(whole[:2048])
+    assert "(cut or damaged at byte 2048); download or write it again" in refusal(path)
+    path.write_bytes(whole[:2048] + b"?" * 512 + whole[2560:])
+    assert "(cut or damaged at byte 2048)" in refusal(path)
+
+
 def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x" * 4000), ("1.jpg", b"y" * 4000)])
     assert "cannot be read: No such file" in refusal(tmp_path / "none.tar")

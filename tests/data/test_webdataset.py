@@ -93,6 +93,16 @@ def test_braces_stars_folders_and_tars_that_validate(home: Path) -> None:
     assert pairs.table["split"].to_pylist() == ["train"] * 2 * SAMPLES + ["val"] * SAMPLES
 
 
+def test_every_sample_has_an_id_of_its_own(home: Path) -> None:
+    for split in ("train", "val"):  # as many are laid out: the same names in two folders
+        write_tar(home / split / "00000.tar", members(0))
+    pairs = load("train", val_tars="val")
+    ids = pairs.table["image_id"].to_pylist()
+    assert ids[0] == "train/00000/000000000" and len(set(ids)) == 2 * SAMPLES
+    write_tar(home / "twice.tar", [*members(0), *members(0)])
+    assert len(set(load("twice.tar").table["image_id"].to_pylist())) == 2 * SAMPLES
+
+
 @pytest.fixture
 def indexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tars that are indexed, as it happens."""

@@ -63,6 +63,7 @@ def refusal(settings: Yfcc100mConfig) -> str:
 def test_pictures_are_downloaded_and_split(tmp_path: Path) -> None:
     root = tmp_path / "yfcc"
     write_lists(root)
+    write_lists(root, name="yfcc100m_dataset")  # unpacked beside what was downloaded
     answers = {path_of(photo): [Answer(200, png((photo % 100, 0, 0)))] for photo in IDS}
     answers[path_of(IDS[5])] = [Answer(404)]
     answers[path_of(IDS[6])] = [Answer(500)]
@@ -77,6 +78,7 @@ def test_pictures_are_downloaded_and_split(tmp_path: Path) -> None:
         assert server.asked == {path_of(IDS[6]): 1}
     pairs = load_yfcc100m(config(root))
     assert len(pairs) == 11
+    assert pq.read_metadata(root / "selected.parquet").num_rows == 12
     assert len(pairs.split("train")) + len(pairs.split("val")) == 11
     assert len(pairs.split("val")) == sum(1 for _ in (root / "dev.tsv").open()) - 1 - sum(
         len(captions) - 1 for captions in pairs.split("val").table["captions"].to_pylist()
@@ -133,6 +135,24 @@ def test_one_text_as_the_caption_and_the_url_of_the_metadata(tmp_path: Path) -> 
     assert load_yfcc100m(chosen).captions(0) == ['A "small" dog, running']
 
 
+def test_pictures_without_a_caption_are_no_data_set(tmp_path: Path) -> None:
+    write_lists(tmp_path)
+    answers = {path_of(IDS[1]): [Answer(200, png((1, 1, 1)))]}  # its title is empty
+    with served(answers) as server:
+        chosen = config(tmp_path, server.url, texts=Texts.title)
+        assert refusal(chosen) == f"{tmp_path} has no picture with a caption"
+    assert not (tmp_path / "train.tsv").exists()
+
+
+def test_a_file_without_addresses_beside_one_with_them(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").touch()
+    for name, url in (("train", "http://x/1"), ("dev", "")):
+        lines = f"filepath\tcaption\tsplit\timage_id\turl\n1.jpg\tx\t{name}\t{name}\t{url}\n"
+        (tmp_path / f"{name}.tsv").write_text(lines)
+    table = load_yfcc100m(config(tmp_path)).table
+    assert table["url"].to_pylist() == ["http://x/1", None]
+
+
 @pytest.mark.parametrize(
     ("text", "caption"),
     [
@@ -158,6 +178,8 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     assert "has no metadata (yfcc100m_dataset," in refusal(config(tmp_path))
     (tmp_path / "yfcc100m_dataset").write_text("a\tb\n")
     assert "is no list of line number, photo id and hash" in refusal(config(tmp_path))
+    subset.write_text(f"0\t{IDS[0]}\t../../x\n")
+    assert refusal(config(tmp_path)).endswith("photo id and hash: ../../x")
     subset.write_text(f"0\t{IDS[0]}\t{HASHES[IDS[0]]}\n")
     assert "has 2 columns; YFCC100M's metadata have 23 to 25" in refusal(config(tmp_path))
     (tmp_path / "yfcc100m_dataset").write_text("\t".join(line(5, 23)) + "\n")

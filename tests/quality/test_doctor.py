@@ -94,7 +94,8 @@ def test_everything_planted_is_found_and_nothing_else(
     removed = {row["filepath"] for row in rows if row["removed"]}
     assert removed == planted.keys() - {"cmyk.jpg"}
     assert summary["images_kept"] == COUNT + 1
-    assert summary["captions"]["blank_rows"] == 1
+    assert summary["captions"]["left_out"] == 1
+    assert summary["captions"]["left_out_first"] == [f"row {2 * COUNT + 11}: 00.jpg"]
     assert summary["captions"]["too_long"] == 1
     assert summary["classes"]["largest"] == 12 + len(planted)
     said = capsys.readouterr().out
@@ -114,6 +115,7 @@ def test_page_holds_everything_itself(source: tuple[Path, dict[str, str]], tmp_p
     assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in links)
     assert "<script" not in page
     assert "http" not in re.sub(r"base64,[^'\"]*", "", page)
+    assert "<code>01.jpg</code> word word" in page and "row 83: 00.jpg" in page
     for name in planted.keys() - {"quality.jpg", "cropped.jpg", "resized.jpg"}:
         assert name in page
     assert "3 images, 2 shown" in page
@@ -155,6 +157,22 @@ def test_checkpoint_finds_what_it_cannot_tell_apart(
     rows = pq.read_table(tmp_path / "report.parquet").to_pylist()
     near = [row for row in rows if row["kind"] == "embedding_duplicate"]
     assert all(0.5 <= row["similarity"] <= 1.0001 and row["of"] for row in near)
+    assert len({row["filepath"] for row in near}) == len(near)
+    # What the pixels tell is not told again.
+    copies = {row["filepath"] for row in rows if row["kind"].endswith(("leak", "duplicate"))}
+    assert len(copies) == len(near) + 6
+    assert not {row["of"] for row in near} & {"same.jpg", "leak.jpg", "cut.jpg"}
+
+
+def test_a_path_is_looked_at_and_not_the_data_section(
+    source: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    path = source[0].parent / "other.csv"
+    path.write_text("filepath,caption\n00.jpg,words\n01.jpg,\n02.jpg,\n")
+    run(config(source[0], tmp_path), FreeText(path=str(path)))
+    facts = json.loads((tmp_path / "summary.json").read_text())["captions"]
+    assert (facts["captions"], facts["left_out"]) == (1, 2)
+    path.unlink()
 
 
 def test_folder_of_broken_pictures_leaves_nothing(tmp_path: Path) -> None:
@@ -168,6 +186,7 @@ def test_folder_of_broken_pictures_leaves_nothing(tmp_path: Path) -> None:
     )
     (folder,) = (logs / "doctor").iterdir()
     assert folder.name == "broken"
+    assert "cleaned.csv" not in (folder / "report.html").read_text(encoding="utf-8")
     assert {file.name for file in folder.iterdir()} == {
         *("report.html", "report.parquet", "scan.parquet", "summary.json")
     }

@@ -85,6 +85,27 @@ def test_second_scan_reads_only_what_changed(
     assert len(read) == 7
 
 
+def test_a_scan_that_was_stopped_goes_on(
+    pairs: PairTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "CHUNK", 2)
+    kept, read = tmp_path / "out" / "scan.parquet", []
+
+    def stopped(paths: list[str], limits: Limits) -> pa.Table:
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        read.extend(paths)
+        return inspect_files(paths, limits)
+
+    monkeypatch.setattr(scan_module, "inspect_files", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scan(pairs, LIMITS, 1, kept)
+    read.clear()
+    monkeypatch.setattr(scan_module, "CHUNK", 64)
+    assert scan(pairs, LIMITS, 1, kept).equals(scan(pairs, LIMITS, 1, tmp_path / "other.parquet"))
+    assert [Path(path).name for path in read[:3]] == ["4.jpg", "5.jpg", "6.jpg"]
+
+
 def test_pictures_in_a_larger_file(pairs: PairTable, tmp_path: Path) -> None:
     """A piece of a file is what the same bytes are in a file of their own; read once."""
     data = [(tmp_path / f"{number}.jpg").read_bytes() for number in (0, 1)]

@@ -12,7 +12,7 @@ def run(config: Config, free: FreeText) -> None:
     """Examine `path=` or the data section, write what was found, and say it in a few lines."""
     pairs = pairs_to_encode(config.data, free.path)
     folder = output_folder(config, pairs)
-    diagnosis = examine(config, pairs, folder)
+    diagnosis = examine(config, pairs, folder, free.path)
     summary = write(config, pairs, diagnosis, folder)
     for line in lines(summary, folder):
         say(line)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from twotower.config import DataConfig
+from twotower.data.captioned import find_file
 from twotower.data.karpathy import DOWNLOAD, read_json, read_karpathy
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.table import SCHEMA
@@ -101,22 +102,23 @@ def load_coco(config: CocoConfig) -> PairTable:
 
 def _annotations(root: Path, wanted: CocoSplits) -> tuple[CocoSplits, list[Path]]:
     """Whose splits they are, and their files."""
-    folders = (root, root / "annotations")
-    karpathy = [path for folder in folders if (path := folder / SPLITS).is_file()][:1]
-    there = {CocoSplits.karpathy: karpathy}
+    karpathy = find_file(root, (".", "annotations"), SPLITS)
+    there = {CocoSplits.karpathy: [] if karpathy is None else [karpathy]}
     for kind in (CocoSplits.official2017, CocoSplits.official2014):
         year = kind.value.removeprefix("official")
         names = [f"captions_{split}{year}.json" for split in ("train", "val")]
-        there[kind] = [p for f in (folders[1], root) for n in names if (p := f / n).is_file()]
+        found = [find_file(root, ("annotations", "."), name) for name in names]
+        there[kind] = [path for path in found if path is not None]
     for kind, paths in there.items():
         if paths and wanted in (kind, CocoSplits.auto):
             return kind, paths
-    lacks = SPLITS
+    lacks, year = SPLITS, YEARS[-1]
     if wanted not in (CocoSplits.auto, CocoSplits.karpathy):
-        lacks = f"annotations/captions_train{wanted.value.removeprefix('official')}.json"
+        year = wanted.value.removeprefix("official")
+        lacks = f"annotations/captions_train{year}.json"
     raise ConfigError(
         f"COCO is not complete: {root} has no {lacks}; Karpathy's splits are in {DOWNLOAD}, the "
-        f"official ones in {IMAGES}/annotations/annotations_trainval2017.zip"
+        f"official ones in {IMAGES}/annotations/annotations_trainval{year}.zip"
     )
 
 

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -23,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import requests
 from PIL import Image
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 
 from twotower.console import progress
 from twotower.settings import ConfigError
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 AGENT = "twotower (https://pypi.org/project/twotower)"
 GONE = (403, 404, 410, 451)
 BUSY = (408, 429, 500, 502, 503, 504)
-LONGEST_WAIT = 120.0  # seconds
+LONGEST_WAIT = 120.0  # seconds; a picture that has to wait longer is left to the next run
 ROUND = 32  # downloads a connection between two entries of the record
 UNAVAILABLE = "photo_unavailable"  # where Flickr sends one on from a picture that was deleted
 
@@ -64,6 +67,8 @@ class Outcome(NamedTuple):
 @dataclass
 class Fetcher:
     """Fetches pictures, from as many threads as there are connections.
+
+    When a server asks one of them to wait, all of them do.
 
     Attributes:
         connections: at a time, at most.
@@ -101,10 +106,9 @@ class Fetcher:
         reason = ""
         for attempt in range(self.tries):
             self._keep_pace()
-            wait = self.pause * 2**attempt
             try:
                 response = self._session.get(job.url, timeout=self.timeout)
-            except requests.exceptions.InvalidURL as error:
+            except (InvalidURL, MissingSchema, InvalidSchema) as error:
                 return Outcome(job.key, State.gone, str(error))
             except requests.RequestException as error:
                 reason = type(error).__name__
@@ -115,11 +119,12 @@ class Fetcher:
                 if response.ok:
                     return self._keep(job, response.content)
                 reason = f"HTTP {status}"
-                if status not in BUSY:
+                asked = _seconds(response.headers.get("Retry-After", ""))
+                if status not in BUSY or asked > LONGEST_WAIT:
                     break
-                wait = max(wait, _seconds(response.headers.get("Retry-After", "")))
+                self._hold(asked)
             if attempt + 1 < self.tries:
-                time.sleep(min(wait, LONGEST_WAIT))
+                time.sleep(min(self.pause * 2**attempt, LONGEST_WAIT))
         return Outcome(job.key, State.failed, reason)
 
     def _keep(self, job: Download, data: bytes) -> Outcome:
@@ -135,17 +140,27 @@ class Fetcher:
         return Outcome(job.key, State.ok)
 
     def _keep_pace(self) -> None:
-        if not self.per_second:
-            return
         with self._lock:
             now = time.monotonic()
             wait = max(0.0, self._next - now)
-            self._next = max(now, self._next) + 1 / self.per_second
-        time.sleep(wait)
+            if self.per_second:
+                self._next = max(now, self._next) + 1 / self.per_second
+        if wait:
+            time.sleep(wait)
+
+    def _hold(self, seconds: float) -> None:
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
 
 
 def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0.0  # a date: the usual pause
+    """How long a server asks to wait, by a number of seconds or a date; 0 if it does not."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):  # no date, or one without a time zone
+        return 0.0
 
 
 def download_all(
@@ -158,8 +173,8 @@ def download_all(
         total: how many jobs there are.
 
     Raises:
-        ConfigError: nothing of a whole round came (which is not recorded, since the network or the
-            server may be to blame), or the disk cannot be written.
+        ConfigError: nothing of a whole round, or nothing at all, came (which is not recorded, since
+            the network or the server may be to blame), or the disk cannot be written.
     """
     counts, settled = read_record(record)
     try:
@@ -173,14 +188,13 @@ def download_all(
             while part := list(islice(left, ROUND * fetcher.connections)):
                 outcomes = list(pool.map(fetcher.fetch, part))
                 here = Counter(outcome.state for outcome in outcomes)
-                if not here[State.ok] and len(part) == ROUND * fetcher.connections:
+                is_whole = len(part) == ROUND * fetcher.connections
+                if not here[State.ok] and (is_whole or not counts[State.ok]):
                     raise _nothing_came(part, outcomes)
                 lines.writelines(f"{o.key}\t{o.state.value}\t{_flat(o.reason)}\n" for o in outcomes)
                 lines.flush()
                 counts += here
                 line.advance(len(part), f"{counts[State.gone]:,} gone")
-                if not counts[State.ok]:
-                    raise _nothing_came(part, outcomes)
     except OSError as error:
         raise ConfigError(
             f"{record.parent} cannot be written: {error.strerror or error}; "

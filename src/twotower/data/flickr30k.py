@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import csv
-import logging
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.data.captioned import Row, captioned_pairs, find_file
 from twotower.data.karpathy import DOWNLOAD, read_karpathy
-from twotower.data.pairs import DATASETS, Pair, PairTable
+from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.data.templates import numbered_lines
 from twotower.settings import ConfigError, setting
 
-log = logging.getLogger(__name__)
-
 NAMES = ("flickr30k_images", "flickr30k-images", "images", "Images")
+FOLDERS = (".", *NAMES)
 SPLITS = "dataset_flickr30k.json"
 CAPTIONS = ("results_20130124.token", "results.token", "results.csv", "captions.txt")
 # One line of the published table lacks its second bar.
@@ -43,8 +42,8 @@ def load_flickr30k(config: Flickr30kConfig) -> PairTable:
     """
     root = Path(config.folder)
     images = _pictures(root)
-    splits = _find(root, SPLITS)
-    captions = splits or next((path for name in CAPTIONS if (path := _find(root, name))), None)
+    splits = find_file(root, FOLDERS, SPLITS)
+    captions = splits or find_file(root, FOLDERS, *CAPTIONS)
     if images is None or captions is None:
         lacks = "folder flickr30k_images" if images is None else f"{SPLITS} or {CAPTIONS[0]}"
         raise ConfigError(
@@ -52,20 +51,7 @@ def load_flickr30k(config: Flickr30kConfig) -> PairTable:
             f"https://shannon.cs.illinois.edu/DenotationGraph, captions and splits in {DOWNLOAD}"
         )
     rows = list(_karpathy_rows(captions) if splits else _rows(captions))
-    files = set(os.listdir(images))
-    absent = {name for name, _, _ in rows} - files
-    if absent:
-        log.warning("%s: left out %d images that have no file", captions, len(absent))
-    folder = images.relative_to(root)
-    pairs = PairTable.from_pairs(
-        (
-            Pair(str(folder / name), caption, split, name)
-            for name, caption, split in rows
-            if name in files
-        ),
-        root,
-        str(root),
-    )
+    pairs = captioned_pairs(rows, images, root, captions)
     return pairs if splits else draw_splits(pairs, config.val_fraction, config.split_seed)
 
 
@@ -78,27 +64,17 @@ def _pictures(root: Path) -> Path | None:
     return None
 
 
-def _find(root: Path, name: str) -> Path | None:
-    paths = (root / folder / name for folder in (".", *NAMES))
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _karpathy_rows(path: Path) -> Iterator[tuple[str, str, str]]:
+def _karpathy_rows(path: Path) -> Iterator[Row]:
     for image in read_karpathy(path):
         for caption in image.captions:
             yield image.name, caption, image.split
 
 
-def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+def _rows(path: Path) -> Iterator[Row]:
     """(picture file, caption, no split) of each line of a token file or a table with a header."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    header = "" if path.suffix == ".token" else (lines or [""])[0]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (header and number == 1):
-            continue
+    lines = numbered_lines(path, "Flickr30k needs its captions")
+    header = "" if path.suffix == ".token" else lines.pop(0)[1]
+    for number, line in lines:
         name, caption = _fields(line, header)
         if not name or not caption:
             raise ConfigError(f"{path}, line {number}: no picture and caption in {line[:80]!r}")

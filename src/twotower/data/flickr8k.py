@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.data.captioned import captioned_pairs, find_file
 from twotower.data.karpathy import read_karpathy
-from twotower.data.pairs import DATASETS, Pair, PairTable
+from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.splits import SplitConfig, draw_splits
+from twotower.data.templates import numbered_lines
 from twotower.settings import ConfigError, setting
-
-log = logging.getLogger(__name__)
 
 IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset")
 TEXT_FOLDERS = (".", "Flickr8k_text")
@@ -40,42 +39,24 @@ def load_flickr8k(config: Flickr8kConfig) -> PairTable:
     """
     root = Path(config.folder)
     images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
-    captions = _find(root, "captions.txt") or _find(root, "Flickr8k.token.txt")
+    captions = find_file(root, TEXT_FOLDERS, "captions.txt", "Flickr8k.token.txt")
     if images is None or captions is None:
         lacks = "Images" if images is None else "captions.txt (or Flickr8k.token.txt)"
         raise ConfigError(
             f"Flickr8k is not complete: {root} has no {lacks}; download it from "
             "https://www.kaggle.com/datasets/adityajn105/flickr8k and unpack it there"
         )
-    files = {path.name for path in images.iterdir()}
     splits = _splits(root)
-    rows = list(_rows(captions))
-    absent = {name for name, _ in rows} - files
-    if absent:
-        log.warning("%s: left out %d images that have no file", captions, len(absent))
-    pairs = PairTable.from_pairs(
-        (
-            Pair(f"{images.name}/{name}", caption, splits.get(name, UNLISTED), name)
-            for name, caption in rows
-            if name in files
-        ),
-        root,
-        str(root),
-    )
+    rows = [(name, caption, splits.get(name, UNLISTED)) for name, caption in _rows(captions)]
+    pairs = captioned_pairs(rows, images, root, captions)
     return pairs if splits else draw_splits(pairs, config.val_fraction, config.split_seed)
-
-
-def _find(root: Path, name: str) -> Path | None:
-    paths = (root / folder / name for folder in TEXT_FOLDERS)
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """(picture file, caption) of each line of captions.txt or Flickr8k.token.txt."""
     is_csv = path.name == "captions.txt"
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (is_csv and number == 1):
+    for number, line in numbered_lines(path, "Flickr8k needs its captions"):
+        if is_csv and number == 1:
             continue
         if is_csv:
             # Some copies leave captions with commas unquoted.
@@ -92,11 +73,11 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
 def _splits(root: Path) -> dict[str, str]:
     """The split of each picture file, from the lists or Karpathy's file; empty without any."""
     splits: dict[str, str] = {}
-    karpathy = _find(root, "dataset_flickr8k.json")
+    karpathy = find_file(root, TEXT_FOLDERS, "dataset_flickr8k.json")
     if karpathy is not None:
         splits.update((image.name, image.split) for image in read_karpathy(karpathy))
     for split, name in LISTS.items():
-        path = _find(root, f"Flickr_8k.{name}.txt")
+        path = find_file(root, TEXT_FOLDERS, f"Flickr_8k.{name}.txt")
         if path is not None:
             splits.update(dict.fromkeys(path.read_text(encoding="utf-8").split(), split))
     return splits

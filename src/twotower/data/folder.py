@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from twotower.data.images import SUFFIXES
 from twotower.data.pairs import DATASETS, Pair, PairTable
-from twotower.data.splits import SplitConfig, draw_splits
+from twotower.data.splits import SplitConfig, with_val
 from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class FolderConfig(SplitConfig):
 def load_folder(config: FolderConfig) -> PairTable:
     """The pictures of a folder in the order of their paths; class folders add the column `class`.
 
+    Without a folder of their own, validation images are drawn from the training images.
+
     Raises:
         ConfigError: there is no such folder, or it lacks pictures or the captions asked for.
     """
@@ -71,7 +73,7 @@ def load_folder(config: FolderConfig) -> PairTable:
     files = list_pictures(root)
     if not files:
         raise ConfigError(f"{root} has no pictures ({' '.join(SUFFIXES)})")
-    splits = _split_folders(files)
+    splits = split_folders(files)
     if splits:
         outside = sum(file.parts[0] not in splits for file in files)
         if outside:
@@ -100,7 +102,7 @@ def load_folder(config: FolderConfig) -> PairTable:
     if kind is CaptionsFrom.classes:
         classes = pa.array([file.parent.name for file in files], pa.large_string())
         pairs = PairTable(pairs.table.append_column("class", classes), root, pairs.name)
-    return pairs if splits else draw_splits(pairs, config.val_fraction, config.split_seed)
+    return with_val(pairs, config)
 
 
 def list_pictures(root: Path) -> list[PurePosixPath]:
@@ -110,7 +112,7 @@ def list_pictures(root: Path) -> list[PurePosixPath]:
 
 def _walk(root: Path) -> Iterator[PurePosixPath]:
     been: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_left_out):
         real = os.path.realpath(folder)
         if real in been:  # a link to a folder above it
             subfolders.clear()
@@ -128,7 +130,11 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
                     yield relative / name
 
 
-def _split_folders(files: list[PurePosixPath]) -> dict[str, str]:
+def _left_out(error: OSError) -> None:
+    log.warning("%s: left out, because it cannot be listed: %s", error.filename, error.strerror)
+
+
+def split_folders(files: list[PurePosixPath]) -> dict[str, str]:
     """Top folders that are splits, and which: train and at least one other, or none."""
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
     found = {folder: split for folder, split in SPLIT_FOLDERS.items() if folder in tops}
@@ -154,6 +160,8 @@ def _captions(root: Path, file: PurePosixPath, kind: CaptionsFrom, template: str
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text") from error
     return [line.strip() for line in lines if line.strip()]

@@ -21,7 +21,7 @@ from twotower.data.karpathy import read_json
 from twotower.data.pairs import DATASETS, PairTable
 from twotower.data.places import piece_name
 from twotower.data.splits import SplitConfig, with_val
-from twotower.data.table import SCHEMA, one_caption_a_row
+from twotower.data.table import SCHEMA, concat_as_text, one_caption_a_row
 from twotower.data.templates import templated, text_or_templates, words_of
 from twotower.settings import ConfigError, setting
 
@@ -62,23 +62,23 @@ def load_hf_dataset(config: HFDatasetConfig) -> PairTable:
     root = Path(config.folder)
     parts = {"": root}
     if (root / "dataset_dict.json").is_file():
-        names = read_json(root / "dataset_dict.json").get("splits", [])
-        parts = {name: root / name for name in names}
+        parts = {name: root / name for name in _names(root / "dataset_dict.json", "splits")}
     elif not (root / "state.json").is_file():
         raise ConfigError(
             f"{root} is no data set on disk: it has neither dataset_dict.json nor state.json, as "
             "save_to_disk of the library datasets writes them"
         )
     tables = [
-        _rows(table, path.relative_to(root), number, split, config, features)
+        one_caption_a_row(
+            _rows(table, path.relative_to(root), number, split, config, features), "caption"
+        )
         for split, folder in parts.items()
         for features in [_features(folder)]
         for number, (path, table) in enumerate(_arrow_files(folder, config.image_column))
     ]
     if not tables:
         raise ConfigError(f"{root} has no rows")
-    rows = pa.concat_tables(tables, promote_options="permissive")
-    rows = one_caption_a_row(rows, "caption")
+    rows = concat_as_text(tables)
     captions = pc.utf8_trim_whitespace(rows["caption"])
     captions = pc.if_else(pc.equal(captions, ""), pa.scalar(None, TEXT), captions)
     rows = rows.drop_columns(["caption"]).append_column("caption", captions)
@@ -89,17 +89,35 @@ def load_hf_dataset(config: HFDatasetConfig) -> PairTable:
 def _features(folder: Path) -> dict[str, Any]:
     """What `dataset_info.json` says of each column."""
     path = folder / "dataset_info.json"
-    features = read_json(path).get("features") if path.is_file() else None
+    features = _read_object(path).get("features") if path.is_file() else None
     return features if isinstance(features, dict) else {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not what save_to_disk writes; write the data set anew")
+    return found
+
+
+def _names(path: Path, key: str) -> list[str]:
+    """The files or folders that a description lists, which all lie beside it."""
+    names: list[str] = []
+    for entry in _read_object(path).get(key) or []:
+        name = entry.get("filename") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"{path}: {key} has {name!r}, which is no name beside it")
+        names.append(name)
+    return names
 
 
 def _arrow_files(folder: Path, image_column: str) -> Iterator[tuple[Path, pa.Table]]:
     """Each Arrow file and its table, in which `_place` has the pieces that the pictures are."""
-    state = read_json(folder / "state.json")
-    if state.get("_indices_data_files"):
+    state = folder / "state.json"
+    if _names(state, "_indices_data_files"):
         raise ConfigError(f"{folder} is a selection of rows; write it anew with save_to_disk")
-    for entry in state.get("_data_files", []):
-        path = folder / entry["filename"]
+    for name in _names(state, "_data_files"):
+        path = folder / name
         try:
             whole = pa.memory_map(str(path)).read_buffer()
             table = pa.ipc.open_stream(whole).read_all()
@@ -172,6 +190,8 @@ def _rows(
     ids = pa.array([f"{split}/{number}/{row}" for row in range(len(places))], TEXT)
     if config.image_id_column:
         ids = _column(table, config.image_id_column, file, "image_id").cast(TEXT)
+        if ids.null_count:
+            raise ConfigError(f"{file}: {config.image_id_column} is empty in {ids.null_count} rows")
     columns = {
         "filepath": pa.array(places, TEXT),
         "split": pa.array([SPLIT_FOLDERS.get(split, split)] * len(places), TEXT),

@@ -100,7 +100,7 @@ def _read(path: Path, config: ManifestConfig) -> pa.Table:
         if suffix not in DELIMITERS:
             raise ConfigError(f"{path} must end in .csv, .tsv (either with .gz) or .parquet")
         return _read_text(path, DELIMITERS[suffix], config)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         reason = str(error).removeprefix("CSV parse error: ").split("\n")[0]
         if "Empty CSV" in reason:
             reason = "it is empty; its first line must name the columns"

@@ -32,7 +32,8 @@ def piece_name(file: str, offset: int, size: int, name: str) -> str:
 
 def last_name(name: str) -> str:
     """The last part of a path as a name that no path is disturbed by."""
-    return PurePosixPath(name).name.replace("\0", "") or "picture"
+    last = PurePosixPath(name).name.replace("\0", "")
+    return "picture" if last in ("", "..") else last
 
 
 def piece_names(
@@ -59,14 +60,15 @@ def read_place(place: str | Path) -> tuple[bytes, int]:
     """
     found = _PIECE.fullmatch(os.fspath(place))
     with open(found[1] if found else place, "rb", buffering=0) as file:
-        changed = os.fstat(file.fileno()).st_mtime_ns
+        state = os.fstat(file.fileno())
         if found is None:
-            return file.read(), changed
-        size = int(found[3])
-        data = os.pread(file.fileno(), size, int(found[2]))
+            return file.read(), state.st_mtime_ns
+        first, size = int(found[2]), int(found[3])
+        # Asked before reading, which would take as much memory as the name says.
+        data = os.pread(file.fileno(), size, first) if first + size <= state.st_size else b""
     if len(data) < size:
         raise OSError(f"{Path(found[1]).name} ends within the picture")
-    return data, changed
+    return data, state.st_mtime_ns
 
 
 def read_bytes(place: str | Path) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -199,6 +200,36 @@ def one_caption_a_row(table: pa.Table, column: str) -> pa.Table:
     place = pa.array(np.cumsum(there) - 1, mask=~there)
     captions = pc.list_flatten(lists).take(place)
     return table.drop_columns([column]).take(pa.array(row)).append_column(column, captions)
+
+
+def concat_as_text(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables, nulls where a column lacks; one of several types becomes text."""
+    fields: dict[str, dict[pa.DataType, pa.Field]] = {}
+    for field in (field for table in tables for field in table.schema):
+        fields.setdefault(field.name, {})[field.type] = field
+    mixed = [name for name, kinds in fields.items() if not _agree(kinds.values())]
+    return pa.concat_tables(
+        [_with_texts(table, mixed) for table in tables], promote_options="permissive"
+    )
+
+
+def _agree(fields: Iterable[pa.Field]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([f]) for f in fields], promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _with_texts(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    for name in (name for name in names if name in table.column_names):
+        values = table[name].to_pylist()
+        texts = [
+            v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values
+        ]
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, pa.array(texts, pa.large_string()))
+    return table
 
 
 def _column(column: pa.ChunkedArray | pa.Array) -> pa.Array:

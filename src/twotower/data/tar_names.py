@@ -13,6 +13,7 @@ from twotower.settings import ConfigError
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+SILENCE = 60.0  # seconds that a web server may take for an answer or its next bytes
 
 
 def expand(pattern: str) -> list[str]:
@@ -81,7 +82,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        options = _patient() if url.startswith(("http://", "https://")) else {}
+        system, path = fsspec.core.url_to_fs(url, **options)
     except ValueError as error:
         raise ConfigError(f"{url} cannot be opened: {error}") from error
     except ImportError as error:
@@ -89,3 +91,12 @@ def filesystem(url: str) -> tuple[Any, str]:
             f"{url} cannot be opened: {error} (for http, pip install 'twotower[http]')"
         ) from error
     return system, path
+
+
+def _patient() -> dict[str, Any]:
+    """Options of fsspec's HTTP: a tar may take longer than the five minutes that aiohttp gives."""
+    from aiohttp import ClientTimeout
+
+    return {
+        "client_kwargs": {"timeout": ClientTimeout(None, sock_connect=SILENCE, sock_read=SILENCE)}
+    }

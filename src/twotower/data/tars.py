@@ -24,6 +24,7 @@ from twotower.settings import ConfigError
 log = logging.getLogger(__name__)
 
 JSON = "json."  # before a column that is a field of the .json members
+LONGEST_TEXT = 1 << 24  # bytes that are read of a .txt or .json
 
 
 @dataclass
@@ -65,7 +66,8 @@ def index_tar(path: Path, image_key: str, caption_key: str) -> pa.Table:
     others: Counter[str] = Counter()
     broken = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        # Names that are not UTF-8 get signs for what cannot be read, which a table can hold.
+        with tarfile.open(path, "r:", encoding="utf-8", errors="replace") as tar:
             for sample in _samples(tar):
                 if sample.first(images) is None:
                     others.update(list(sample.members))
@@ -74,6 +76,7 @@ def index_tar(path: Path, image_key: str, caption_key: str) -> pa.Table:
                 _read_captions(tar, sample, texts)
                 found.append(sample)
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all it has read
+            _check_end(tar)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise ConfigError(
             f"{path} is no whole, uncompressed tar ({error}); download or write it again"
@@ -88,6 +91,14 @@ def index_tar(path: Path, image_key: str, caption_key: str) -> pa.Table:
             "%s: left out samples without a picture (%s); they have %s", path, image_key, kinds
         )
     return _table(found, images)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Refuse a tar whose last header is no end mark; `tarfile` takes it for the end in silence."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"cut or damaged at byte {tar.offset}")
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[Sample]:
@@ -109,7 +120,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[Sample]:
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
-    return b"" if file is None else file.read()
+    return b"" if file is None else file.read(LONGEST_TEXT)
 
 
 def _read_about(tar: tarfile.TarFile, sample: Sample) -> bool:
@@ -119,13 +130,24 @@ def _read_about(tar: tarfile.TarFile, sample: Sample) -> bool:
     if "json" not in sample.members:
         return True
     try:
-        fields = json.loads(_read(tar, sample.members["json"]))
-    except ValueError:
+        fields = _parsed(_read(tar, sample.members["json"]))
+    except (ValueError, RecursionError):
         return False
     if not isinstance(fields, dict):
         return False
     sample.about |= {f"{JSON}{name}": value for name, value in fields.items()}
     return True
+
+
+def _parsed(data: bytes) -> Any:
+    """What JSON says; halves of surrogate pairs, which no UTF-8 can hold, as question marks."""
+    said = json.loads(data)
+    text = json.dumps(said, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.loads(text.encode(errors="replace"))
+    return said
 
 
 def _read_captions(tar: tarfile.TarFile, sample: Sample, keys: Sequence[str]) -> None:
@@ -167,7 +189,9 @@ def column_of(values: Sequence[Any]) -> pa.Array:
     """Values of JSON as a column: of their own type if they share one, else as text."""
     plain = [json.dumps(v) if isinstance(v, dict | list) else v for v in values]
     try:
-        return pa.array(plain)
+        column = pa.array(plain)
+        # An ordinary Arrow string column ends at 2 GiB.
+        return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
     except (pa.ArrowException, OverflowError):
         texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in plain]
         return pa.array(texts, pa.large_string())

@@ -29,14 +29,14 @@ from twotower.console import progress
 from twotower.data.pairs import DATASETS, PREPARERS, PairTable
 from twotower.data.places import piece_names
 from twotower.data.splits import SplitConfig, draw_splits
-from twotower.data.table import SCHEMA
+from twotower.data.table import SCHEMA, concat_as_text
 from twotower.data.tar_names import expand, filesystem, is_remote
-from twotower.data.tars import JSON, column_of, index_tar
+from twotower.data.tars import JSON, index_tar
 from twotower.settings import ConfigError, setting
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the index files
+VERSION = 2  # of the index files
 TRIES = 3
 
 
@@ -102,7 +102,8 @@ def load_webdataset(config: WebdatasetConfig) -> PairTable:
         for url, (tar, index) in indexed.items()
         if len(index)  # img2dataset leaves an empty tar where no download succeeded
     ]
-    pairs = PairTable(_concat(tables).combine_chunks(), root, config.tars)
+    table = _with_own_ids(concat_as_text(tables)).combine_chunks()
+    pairs = PairTable(table, root, config.tars)
     return pairs if val else draw_splits(pairs, config.val_fraction, config.split_seed)
 
 
@@ -196,14 +197,12 @@ def _short(text: str) -> str:
 def _standard(index: pa.Table, tar: Path, split: str) -> pa.Table:
     """An index as a table of pairs, with the fields of the JSON under their own names."""
     text = pa.large_string()
-    stem, key = pa.scalar(tar.stem, text), index["key"].cast(text)
+    stem, key = pa.scalar(str(tar.with_suffix("")), text), index["key"].cast(text)
     columns: dict[str, Any] = {
         "filepath": piece_names(str(tar), *(index[c] for c in ("offset", "size", "name"))),
         "captions": index["captions"].cast(SCHEMA.field("captions").type),
         "split": pa.array([split] * len(index), text),
-        "image_id": pc.binary_join_element_wise(
-            stem, index["key"].cast(text), pa.scalar("/", text)
-        ),
+        "image_id": pc.binary_join_element_wise(stem, key, pa.scalar("/", text)),
         "key": key,
     }
     for name in index.column_names:
@@ -213,20 +212,9 @@ def _standard(index: pa.Table, tar: Path, split: str) -> pa.Table:
     return pa.table(columns)
 
 
-def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """All tables as one; a column whose types do not agree becomes text."""
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException:
-        extra = dict.fromkeys(c for table in tables for c in table.column_names)
-        table = pa.concat_tables([table.select([*SCHEMA.names, "key"]) for table in tables])
-        for name in list(extra)[len(SCHEMA.names) + 1 :]:
-            values = [
-                value
-                for part in tables
-                for value in (
-                    part[name].to_pylist() if name in part.column_names else [None] * len(part)
-                )
-            ]
-            table = table.append_column(name, column_of(values))
+def _with_own_ids(table: pa.Table) -> pa.Table:
+    """An id for each sample: its place where a tar has a key more than once."""
+    if pc.count_distinct(table["image_id"]).as_py() == len(table):
         return table
+    column = table.schema.get_field_index("image_id")
+    return table.set_column(column, "image_id", table["filepath"])

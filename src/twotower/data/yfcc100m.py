@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import enum
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -90,7 +91,9 @@ def load_yfcc100m(config: Yfcc100mConfig) -> PairTable:
         for path in paths
         if path.is_file()
     ]
-    return PairTable(pa.concat_tables([part.table for part in parts]), root, "yfcc100m")
+    # A column without a value in one of the files has no type there.
+    table = pa.concat_tables([part.table for part in parts], promote_options="permissive")
+    return PairTable(table, root, "yfcc100m")
 
 
 @PREPARERS.register("yfcc100m", Yfcc100mConfig)
@@ -128,7 +131,7 @@ def _lists(root: Path) -> tuple[Path, list[Path]]:
             f"{root} has no {LISTS[0]}; download "
             "https://openaipublic.azureedge.net/clip/data/yfcc100m_subset_data.tsv.bz2 into it"
         )
-    found = (sorted(root.glob(pattern)) for pattern in METADATA)
+    found = (_each_once(sorted(root.glob(pattern))) for pattern in METADATA)
     metadata = next((paths for paths in found if paths), [])
     if not metadata:
         raise ConfigError(
@@ -136,6 +139,14 @@ def _lists(root: Path) -> tuple[Path, list[Path]]:
             "new_metadata.csv); ask for them at https://multimediacommons.org"
         )
     return subset, metadata
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """One form of each file: unpacked beside packed, the metadata would count twice."""
+    forms: dict[str, Path] = {}
+    for path in paths:
+        forms.setdefault(re.sub(r"(\.bz2|\.gz|\.sql)$", "", path.name), path)
+    return list(forms.values())
 
 
 def _rows(file: pq.ParquetFile, total: int) -> Iterator[dict[str, Any]]:
@@ -184,7 +195,7 @@ def _write_splits(root: Path, rows: Iterator[dict[str, Any]], config: Yfcc100mCo
             for caption in captions:
                 line = (_file(row), caption, split, row["photo_id"], row["url"])
                 writers[split].writerow(line)
-        if not images:
+        if not images.total():
             raise ConfigError(f"{root} has no picture with a caption")
     for split, name in SPLIT_FILES.items():
         if not images[split]:

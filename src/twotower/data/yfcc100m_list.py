@@ -21,6 +21,7 @@ from urllib.parse import unquote_plus
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -112,6 +113,10 @@ def read_subset(path: Path) -> tuple[npt.NDArray[np.int64], pa.Array]:
         ) from error
     if not table.num_rows:
         raise ConfigError(f"{path} is empty")
+    # Hashes become parts of addresses and of paths.
+    odd = table.filter(pc.invert(pc.match_substring_regex(table["hash"], "^[0-9a-f]{7,}$")))
+    if len(odd):
+        raise ConfigError(f"{path} is no list of line number, photo id and hash: {odd['hash'][0]}")
     ids = table["photo_id"].to_numpy()
     order = np.argsort(ids, kind="stable")
     hashes = pa.concat_arrays(table["hash"].chunks)

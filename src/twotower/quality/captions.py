@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from twotower.config import DataConfig
+from twotower.data.folder import FolderConfig, list_pictures, split_folders
 from twotower.data.manifest import DELIMITERS, ENDINGS, NOT_A_NUMBER, ManifestConfig
 from twotower.data.pairs import PairTable
 from twotower.wandb_files import local_file
@@ -21,18 +23,25 @@ from twotower.wandb_files import local_file
 BATCH = 1024
 
 
+class LeftOut(NamedTuple):
+    """What a source does not read for want of a caption: how many, and what the first of it are."""
+
+    number: int = 0
+    first: tuple[str, ...] = ()
+
+
 class CaptionFacts(NamedTuple):
     """What there is to say about the captions.
 
     Attributes:
-        captions: how many there are. blank_rows: rows of the manifest that have none, which loading
-            leaves out. too_long: how many lose their end. length: tokens that are read.
+        captions: how many there are. left_out: what loading left out, since it has none.
+        too_long: how many lose their end. length: tokens that are read.
         longest: characters. without: rows (M,) of images that have no caption.
         cut: for each image how many of its captions lose their end: (N,).
     """
 
     captions: int
-    blank_rows: int
+    left_out: LeftOut
     too_long: int
     length: int
     longest: int
@@ -40,7 +49,7 @@ class CaptionFacts(NamedTuple):
     cut: npt.NDArray[np.int64]
 
 
-def examine_captions(pairs: PairTable, config: DataConfig | None, tokenizer: Any) -> CaptionFacts:
+def examine_captions(pairs: PairTable, tokenizer: Any, left_out: LeftOut) -> CaptionFacts:
     """Count the captions of a source, those without words and those that are cut.
 
     Args:
@@ -57,7 +66,7 @@ def examine_captions(pairs: PairTable, config: DataConfig | None, tokenizer: Any
         np.add.at(cut, owners[first : first + BATCH][full].numpy(), 1)
     return CaptionFacts(
         captions=len(texts),
-        blank_rows=blank_rows(config) if isinstance(config, ManifestConfig) else 0,
+        left_out=left_out,
         too_long=int(cut.sum()),
         length=tokenizer.context_length,
         longest=max(map(len, texts), default=0),
@@ -66,32 +75,54 @@ def examine_captions(pairs: PairTable, config: DataConfig | None, tokenizer: Any
     )
 
 
-def blank_rows(config: ManifestConfig) -> int:
+def find_left_out(config: DataConfig, pairs: PairTable, most: int) -> LeftOut:
+    """Rows of a manifest, or pictures of a folder with .txt files, that have no caption.
+
+    Args:
+        pairs: what the source gave. most: how many are described.
+    """
+    if isinstance(config, ManifestConfig):
+        return blank_rows(config, most)
+    if isinstance(config, FolderConfig):
+        files = list_pictures(Path(config.folder))
+        splits = split_folders(files)
+        read = set(pairs.table["filepath"].to_pylist())
+        inside = [file for file in files if not splits or file.parts[0] in splits]
+        without = [file for file in map(str, inside) if file not in read]
+        return LeftOut(len(without), tuple(without[:most]))
+    return LeftOut()
+
+
+def blank_rows(config: ManifestConfig, most: int) -> LeftOut:
     """Rows of a manifest without a caption."""
-    path = local_file(config.manifest, ENDINGS)
     # As loading does, take lists of captions where there is no column of single ones.
     names = [config.caption_column, *(["captions"] if config.caption_column == "caption" else [])]
-    columns = (_column(path, name) for name in names if name)
-    column = next((column for column in columns if column is not None), None)
-    if column is None:
-        return 0
+    table = _columns(local_file(config.manifest, ENDINGS), [*names, config.filepath_column])
+    name = next((name for name in names if name in table.column_names), None)
+    if name is None:
+        return LeftOut()
+    column = table[name]
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         blank = pc.equal(pc.list_value_length(column).fill_null(0), 0)
     else:
         text = pc.utf8_trim_whitespace(column.cast(pa.large_string())).fill_null("")
         blank = pc.is_in(text, pa.array(["", *NOT_A_NUMBER], pa.large_string()))
-    return int(pc.sum(blank).as_py() or 0)
+    rows = np.flatnonzero(blank)
+    files = table[config.filepath_column].take(pa.array(rows[:most])).to_pylist()
+    named = zip(rows[:most].tolist(), files, strict=True)
+    return LeftOut(len(rows), tuple(f"row {row + 1}: {file}" for row, file in named))
 
 
-def _column(path: Path, name: str) -> pa.ChunkedArray | None:
-    """One column of a manifest; None if it has no such column."""
+def _columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """Those of some columns that a manifest has."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        has = name in pq.read_schema(path).names
-        return pq.read_table(path, columns=[name])[name] if has else None
+        there = pq.read_schema(path).names
+        return pq.read_table(path, columns=[name for name in names if name in there])
     parse = pa_csv.ParseOptions(delimiter=DELIMITERS[suffix], newlines_in_values=True)
     read = pa_csv.ReadOptions(use_threads=False, block_size=1 << 24)
-    convert = pa_csv.ConvertOptions(column_types={name: pa.large_string()}, include_columns=[name])
-    if name not in pa_csv.open_csv(path, read, parse).schema.names:
-        return None
-    return pa_csv.read_csv(path, read, parse, convert)[name]
+    there = pa_csv.open_csv(path, read, parse).schema.names
+    wanted = [name for name in names if name in there]
+    types = dict.fromkeys(wanted, pa.large_string())
+    convert = pa_csv.ConvertOptions(column_types=types, include_columns=wanted)
+    return pa_csv.read_csv(path, read, parse, convert)

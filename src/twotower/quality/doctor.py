@@ -15,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.checkpoint.atomic import replacing
-from twotower.config import Config
+from twotower.config import Config, DataConfig
+from twotower.data.manifest import ManifestConfig
 from twotower.data.pairs import PairTable
 from twotower.distributed import resolve_device
-from twotower.doctor_config import EMBEDDED, MEANINGS, DoctorConfig
+from twotower.doctor_config import COPIES, EMBEDDED, MEANINGS, DoctorConfig
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.export import existing_checkpoint
 from twotower.models.openai_tokenizer import OpenAITokenizer
 from twotower.quality import findings as found_in
-from twotower.quality.captions import CaptionFacts, examine_captions
+from twotower.quality.captions import CaptionFacts, examine_captions, find_left_out
 from twotower.quality.classes import balance
 from twotower.quality.cleaned import PROPOSED, propose_split, write_cleaned
 from twotower.quality.embedded import near_by_embedding
@@ -62,8 +63,11 @@ def output_folder(config: Config, pairs: PairTable) -> Path:
     return Path(config.run.logs_dir) / "doctor" / (name or "data")
 
 
-def examine(config: Config, pairs: PairTable, folder: Path) -> Diagnosis:
+def examine(config: Config, pairs: PairTable, folder: Path, path: str | None = None) -> Diagnosis:
     """Look at every image and caption of a source; only `folder` is written to.
+
+    Args:
+        path: what `path=` names, where that is the source instead of the data section.
 
     Raises:
         ConfigError: the checkpoint is missing, or the folder cannot be written.
@@ -71,26 +75,34 @@ def examine(config: Config, pairs: PairTable, folder: Path) -> Diagnosis:
     doctor, device = config.doctor, resolve_device(config.distributed)
     encoder = _encoder(config)
     tokenizer = OpenAITokenizer() if encoder is None else encoder.bundle.tokenizer
-    captions = examine_captions(pairs, config.data, tokenizer)
+    left_out = find_left_out(_source(config, path), pairs, doctor.max_shown)
+    captions = examine_captions(pairs, tokenizer, left_out)
     limits = Limits(doctor.max_pixels, doctor.min_side)
     found = scan(pairs, limits, doctor.num_workers, folder / "scan.parquet")
     findings = pa.concat_tables([found_in.of_pictures(found), found_in.of_captions(captions)])
     # What is left out for itself cannot be the one of a group that stays.
-    usable = has_picture(found) & ~found_in.removed_rows(findings, doctor.remove, len(pairs))
+    usable = has_picture(found) & ~found_in.rows_with(findings, doctor.remove, len(pairs))
     splits = pairs.table["split"].to_pylist()
     log.info("looking for duplicates among %d images", int(usable.sum()))
     grouped = find_copies(found, usable, splits, doctor.near_similarity, device)
     findings = pa.concat_tables([findings, found_in.of_copies(grouped)])
     if encoder is not None:
-        rows = np.flatnonzero(has_picture(found))
-        near, cosines = near_by_embedding(encoder, pairs, rows, doctor.embedding_similarity)
-        news = grouped.group[near[:, 0]] != grouped.group[near[:, 1]]
-        embedded = found_in.of_embeddings(EMBEDDED, near[news], cosines[news])
-        findings = pa.concat_tables([findings, embedded])
-    removed = found_in.removed_rows(findings, doctor.remove, len(pairs))
+        # One of each group; and all blank pictures are alike.
+        rows = usable & ~found_in.rows_with(findings, (*COPIES, "blank"), len(pairs))
+        least = doctor.embedding_similarity
+        near = near_by_embedding(encoder, pairs, np.flatnonzero(rows), least)
+        findings = pa.concat_tables([findings, found_in.of_embeddings(EMBEDDED, *near)])
+    removed = found_in.rows_with(findings, doctor.remove, len(pairs))
     summary = _summary(config, pairs, findings, removed, captions)
     summary["groups_of_copies"] = int((np.bincount(grouped.group) > 1).sum())
     return Diagnosis(findings, grouped.group, removed, summary)
+
+
+def _source(config: Config, path: str | None) -> DataConfig:
+    """The data section that gives what `path` names: it may be a table."""
+    if path is None:
+        return config.data
+    return ManifestConfig(manifest=path) if Path(path).is_file() else DataConfig()
 
 
 def _encoder(config: Config) -> Encoder | None:
@@ -124,7 +136,8 @@ def _summary(
         },
         "captions": {
             "captions": captions.captions,
-            "blank_rows": captions.blank_rows,
+            "left_out": captions.left_out.number,
+            "left_out_first": list(captions.left_out.first),
             "too_long": captions.too_long,
             "length": captions.length,
             "tokenizer": "the checkpoint's" if config.checkpoint else "OpenAI's, by default",
@@ -150,10 +163,12 @@ def write(config: Config, pairs: PairTable, diagnosis: Diagnosis, folder: Path) 
     use = f"data=manifest data.manifest={manifest}" if stays.any() else ""
     if use and not pairs.has_captions():
         use += " data.caption_column="
-    files = {
-        "report.parquet": "a row an image and finding",
-        manifest.name: f"what stays; {PROPOSED} keeps groups of copies together "
-        f"(data.split_column={PROPOSED})",
+    files = {"report.parquet": "a row an image and finding"}
+    if stays.any():
+        files[manifest.name] = (
+            f"what stays; {PROPOSED} keeps groups of copies together (data.split_column={PROPOSED})"
+        )
+    files |= {
         "summary.json": "the counts",
         "scan.parquet": "what each file is, so that a second look reads changed files only",
     }
@@ -169,6 +184,8 @@ def write(config: Config, pairs: PairTable, diagnosis: Diagnosis, folder: Path) 
             [ids[row] for row in rows], diagnosis.group[rows], doctor.val_fraction, config.seed
         )
         write_cleaned(manifest, pairs, stays, proposed)
+    else:
+        manifest.unlink(missing_ok=True)  # of an earlier look
     with replacing(folder / "summary.json") as temporary:
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -188,8 +205,8 @@ def lines(summary: dict[str, Any], folder: Path) -> list[str]:
     ]
     cut = captions["too_long"] / max(captions["captions"], 1)
     texts = f"captions: {captions['captions']:,}, {cut:.2%} cut at {captions['length']} tokens"
-    if captions["blank_rows"]:
-        texts += f", {captions['blank_rows']:,} rows without one"
+    if captions["left_out"]:
+        texts += f"; {captions['left_out']:,} without one are left out by the source itself"
     return [
         f"{summary['data']}: {verdict(summary)}",
         *counted,

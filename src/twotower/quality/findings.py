@@ -79,16 +79,20 @@ def of_copies(grouped: Grouped) -> pa.Table:
 
 
 def of_embeddings(kind: str, pairs: Rows, cosines: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows (P, 2) that a checkpoint hardly tells apart."""
-    return _table(kind, pairs[:, 1], None, pairs[:, 0].tolist(), cosines.tolist())
+    """Of pairs (P, 2) that a checkpoint hardly tells apart each later row, with its nearest."""
+    order = np.argsort(-cosines, kind="stable")
+    _, best = np.unique(pairs[order, 1], return_index=True)
+    chosen = order[best]
+    near = pairs[chosen]
+    return _table(kind, near[:, 1], None, near[:, 0].tolist(), cosines[chosen].tolist())
 
 
-def removed_rows(findings: pa.Table, kinds: Collection[str], count: int) -> npt.NDArray[np.bool_]:
+def rows_with(findings: pa.Table, kinds: Collection[str], count: int) -> npt.NDArray[np.bool_]:
     """Which of `count` images have a finding of these kinds: (count,)."""
-    removed = np.zeros(count, bool)
+    rows = np.zeros(count, bool)
     named = pc.is_in(findings["kind"], pa.array(list(kinds), pa.string()))
-    removed[findings["source_row"].filter(named).to_numpy()] = True
-    return removed
+    rows[findings["source_row"].filter(named).to_numpy()] = True
+    return rows
 
 
 def counts(findings: pa.Table) -> dict[str, int]:

@@ -20,7 +20,9 @@ from twotower.doctor_config import COPIES, EMBEDDED, FAULTS, MEANINGS, TRAITS
 from twotower.quality.style import STYLE
 
 SIDE = 150  # pixels of a thumbnail's longer side
+LONGEST_SHOWN = 600  # characters of a caption
 BARS = 10  # classes shown at either end
+EXACT = ("leak", "duplicate")
 TITLES = {
     "leak": "Leaks between splits",
     "near_leak": "Near leaks between splits",
@@ -109,13 +111,11 @@ class Page:
         cards = []
         for row in shown:
             both = [self._picture(row["source_row"]), self._picture(row["of_row"])]
-            alike = (
-                "the same pixels" if row["similarity"] == 1 else f"{row['similarity']:.3f} alike"
-            )
+            alike = "the same pixels" if kind in EXACT else f"{row['similarity']:.3f} alike"
             cards.append(f"<div class=pair>{''.join(both)}<p>{alike}</p></div>")
-        which = "the left one of each pair is left out; " if self._is_removed(kind) else ""
-        body = f"<p>Below, {which}the least alike come first.</p>"
-        body += f"<div class=grid>{''.join(cards)}</div>"
+        notes = ["Of each pair the left one is left out."] if self._is_removed(kind) else []
+        notes += [] if kind in EXACT else ["The least alike come first."]
+        body = f"<p>{' '.join(notes)}</p><div class=grid>{''.join(cards)}</div>"
         return self._section(kind, TITLES[kind], len(shown), len(rows), body)
 
     def _is_removed(self, kind: str) -> bool:
@@ -135,7 +135,7 @@ class Page:
                 f"<tr><td><code>{path}</code><td class=split>{split}<td>{escape(row['detail'])}"
             )
         body = f"<table>{''.join(lines)}</table>"
-        return self._section(kind, _words(kind).capitalize(), len(shown), len(rows), body)
+        return self._section(kind, _title(kind), len(shown), len(rows), body)
 
     def _pictures(self, kind: str) -> str:
         rows = self._of(kind)
@@ -144,7 +144,7 @@ class Page:
         shown = rows.slice(0, self.max_shown).to_pylist()
         cells = [self._picture(row["source_row"], row["detail"]) for row in shown]
         body = f"<div class=grid>{''.join(cells)}</div>"
-        return self._section(kind, _words(kind).capitalize(), len(shown), len(rows), body)
+        return self._section(kind, _title(kind), len(shown), len(rows), body)
 
     def _picture(self, row: int, note: str = "") -> str:
         path = self.pairs.path(row)
@@ -163,20 +163,38 @@ class Page:
             f"{facts['captions']:,} captions, the longest of {facts['longest']:,} characters.",
             f"{facts['too_long']:,} ({cut:.2%}) have more than {facts['length']} tokens "
             f"({escape(facts['tokenizer'])}) and lose their end.",
-            f"{facts['images_without']:,} images have no caption.",
         ]
-        if facts["blank_rows"]:
-            lines.append(
-                f"{facts['blank_rows']:,} rows of the manifest have none and are not read."
-            )
-        rows = self._of("long_caption").slice(0, self.max_shown).to_pylist()
+        return "".join(
+            [
+                f"<h2>Captions</h2><p>{'<br>'.join(lines)}</p>",
+                self._left_out(),
+                self._pictures("no_caption"),
+                self._long_captions(),
+            ]
+        )
+
+    def _left_out(self) -> str:
+        facts = self.summary["captions"]
+        count, first = facts["left_out"], facts["left_out_first"]
+        if not count:
+            return ""
+        some = f", {len(first)} shown" if len(first) < count else ""
+        items = "".join(f"<li><code>{escape(text)}</code></li>" for text in first)
+        note = f"{count:,} without a caption, which the source itself leaves out{some}:"
+        return f"<p>{note}</p><ul>{items}</ul>"
+
+    def _long_captions(self) -> str:
+        rows = self._of("long_caption")
+        if not len(rows):
+            return ""
+        shown = [row["source_row"] for row in rows.slice(0, self.max_shown).to_pylist()]
         items = [
-            f"<li>{escape(max(self.pairs.captions(row['source_row']), key=len)[:600])}</li>"
-            for row in rows
+            f"<li><code>{escape(self.pairs.path(row).name)}</code> "
+            f"{escape(_shortened(max(self.pairs.captions(row), key=len)))}</li>"
+            for row in shown
         ]
-        more = f"<ul>{''.join(items)}</ul>" if items else ""
-        marks = "<a id=no_caption></a><a id=long_caption></a>"
-        return f"{marks}<h2>Captions</h2><p>{'<br>'.join(lines)}</p>{more}"
+        body = f"<ul>{''.join(items)}</ul>"
+        return self._section("long_caption", "Long caption", len(shown), len(rows), body)
 
     def _classes(self) -> str:
         facts = self.summary.get("classes")
@@ -193,12 +211,12 @@ class Page:
             f"{facts['classes']:,} classes: {facts['largest']:,} images in the largest, "
             f"{facts['median']:,} in the median one, {facts['smallest']:,} in the smallest."
         )
-        for key, words in (
-            ("images_without_class", "images have no class."),
-            ("only_outside_train", "classes are in no training image."),
-        ):
-            count = facts[key] if isinstance(facts[key], int) else len(facts[key])
-            note += f" {count:,} {words}" if count else ""
+        if facts["images_without_class"]:
+            note += f" Images without a class: {facts['images_without_class']:,}."
+        if outside := facts["only_outside_train"]:
+            more = ", ..." if len(outside) > BARS else ""
+            named = escape(", ".join(outside[:BARS]))
+            note += f" In no training image: {len(outside):,} ({named}{more})."
         return f"<h2>Classes</h2><p>{note}</p><table>{''.join(bars)}</table>"
 
     def _files(self) -> str:
@@ -232,6 +250,15 @@ def thumbnail(path: Path) -> str | None:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + " ..."
+
+
+def _title(kind: str) -> str:
+    words = _words(kind)
+    return words[0].upper() + words[1:]
 
 
 def _words(kind: str) -> str:

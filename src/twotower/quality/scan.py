@@ -50,7 +50,7 @@ def scan(pairs: PairTable, limits: Limits, num_workers: int, kept: Path) -> pa.T
     """What every picture is: a row of `SCHEMA` for each row of `pairs`.
 
     Files whose size and time are those of the scan in the file `kept` are not read again; the new
-    scan takes its place.
+    scan takes its place, and so does what there is of one that is stopped.
 
     Args:
         num_workers: processes; 0 is one a core, 1 works in this process.
@@ -66,16 +66,24 @@ def scan(pairs: PairTable, limits: Limits, num_workers: int, kept: Path) -> pa.T
     tables = [SCHEMA.empty_table()] if known is None else [known.table]
     places = earlier.copy()
     places[new] = len(tables[0]) + np.arange(len(new))
-    with progress("verifying", len(paths), "images") as line:
-        line.skip(len(paths) - len(new))
-        for table in _inspect_all([paths[row] for row in new], limits, workers):
-            tables.append(table)
-            line.advance(len(table))
+    try:
+        with progress("verifying", len(paths), "images") as line:
+            line.skip(len(paths) - len(new))
+            for table in _inspect_all([paths[row] for row in new], limits, workers):
+                tables.append(table)
+                line.advance(len(table))
+    except BaseException:  # stopped by the user, say: the next scan goes on from here
+        _keep(pa.concat_tables(tables), limits, kept)
+        raise
     found = pa.concat_tables(tables).take(pa.array(places)).combine_chunks()
     if len(new) or known is None or len(known.table) != len(found):
-        with replacing(kept) as temporary:
-            pq.write_table(found.replace_schema_metadata(_metadata(limits)), temporary)
+        _keep(found, limits, kept)
     return found
+
+
+def _keep(found: pa.Table, limits: Limits, kept: Path) -> None:
+    with replacing(kept) as temporary:
+        pq.write_table(found.replace_schema_metadata(_metadata(limits)), temporary)
 
 
 class _Known:

@@ -34,5 +34,5 @@ figcaption { font-size: .78rem; color: var(--faint); overflow-wrap: anywhere; }
 figcaption i { font-style: normal; border: 1px solid var(--line); border-radius: 4px;
   padding: 0 .25rem; }
 code { font-size: .9em; overflow-wrap: anywhere; }
-li { margin: .3rem 0; }
+li { margin: .3rem 0; overflow-wrap: anywhere; }
 """
