@@ -253,6 +253,10 @@ def test_a_finished_store_is_reused_and_another_refused(
     assert again.reused and "kept the store" in again.sentence()
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
 
+    # What the source is called makes no other one of it.
+    renamed = PairTable(source.table, source.root, "squares by another name")
+    assert encode(checkpoint, renamed, output).reused
+
     other = tmp_path / "other.safetensors"
     other.write_text("1")
     refusals = {
@@ -271,6 +275,20 @@ def test_a_finished_store_is_reused_and_another_refused(
     with pytest.raises(ConfigError, match="the source's paths and captions .fingerprint. is"):
         encode(checkpoint, source.split("val"), output)
     assert contents(output) == before
+
+
+def test_a_store_that_another_kind_of_device_is_making_is_left_alone(
+    checkpoint: Path, source: PairTable, tmp_path: Path
+) -> None:
+    output = tmp_path / "store"
+    plan = encode(checkpoint, source, output).manifest
+    on_gpu = dataclasses.replace(plan, device="cuda", complete=False, shards=())
+    begun = StoreWriter.begin(output, on_gpu)
+    assert begun.is_over()  # what is finished is good for all
+    dataclasses.replace(plan, complete=False, shards=()).write(output)
+    with pytest.raises(ConfigError, match="the device is cpu there and cuda here"):
+        StoreWriter.begin(output, on_gpu)
+    assert (output / "img_emb" / "img_emb_0000.npy").exists()
 
 
 def test_overwriting_keeps_the_old_store_until_the_new_one_is_finished(

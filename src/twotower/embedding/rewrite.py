@@ -33,7 +33,7 @@ from twotower.embedding.layout import (
     Manifest,
     Shard,
 )
-from twotower.embedding.rows import with_ids
+from twotower.embedding.rows import id_ranges, with_ids
 from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.writer import ROWS_PER_GROUP, described_file
 from twotower.settings import ConfigError
@@ -154,9 +154,7 @@ def _live(states: pa.Table, first_row: int) -> tuple[IntArray, IntArray]:
     """The ids of the images that can be read, in order, and the source row of each id."""
     readable = np.flatnonzero(pc.equal(states["reason"], "").to_numpy())
     first, counts = (states[name].to_numpy()[readable] for name in ("row_id", "rows"))
-    rows = np.repeat(readable + first_row, counts)
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(first, counts) + np.arange(len(rows)) - starts, rows
+    return id_ranges(first, counts), np.repeat(readable + first_row, counts)
 
 
 def _rows(store: EmbeddingStore, place: int) -> tuple[FloatRows | None, FloatRows | None]:
