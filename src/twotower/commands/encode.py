@@ -16,8 +16,8 @@ from twotower.runs import checkpoint_path, store_path
 def run(config: Config, free: FreeText) -> None:
     """Encode `path=` or the data section with the run's checkpoint, and say where the store is."""
     checkpoint = existing_checkpoint(checkpoint_path(config))
-    pairs = pairs_to_encode(config.data, free.path).split(config.encode.split)
-    pairs = pairs.head(config.encode.limit)
+    pairs = pairs_to_encode(config.data, free.path, config.encode)
+    pairs = pairs.split(config.encode.split).head(config.encode.limit)
     output = Path(config.encode.output) if config.encode.output else store_path(config)
     result = export(checkpoint, pairs, output, config.encode, config.distributed)
     if result is not None:
