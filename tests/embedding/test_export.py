@@ -25,6 +25,7 @@ from tests.embedding.parts import (
     run_jobs,
 )
 from tests.helpers import run_ranks
+from twotower.console import ProgressLine
 from twotower.data.pairs import PairTable
 from twotower.distributed import Stopped
 from twotower.embedding import batch_size, encoder
@@ -469,6 +470,33 @@ def test_threads_are_kept_when_a_store_is_continued(
     export(checkpoint, source, output, SETTINGS, dataclasses.replace(ONE_THREAD, num_threads=2))
     assert contents(output) == before
     assert "keeping 1 thread(s) a process, with which the store was begun" in caplog.text
+
+
+def test_a_name_that_no_file_can_have_is_listed(
+    checkpoint: Path, source: PairTable, tmp_path: Path
+) -> None:
+    names = source.table["filepath"].to_pylist()
+    names[5] = "a\0b.jpg"
+    table = source.table.set_column(0, "filepath", pa.array(names, pa.large_string()))
+    encode(checkpoint, PairTable(table, source.root, "odd"), tmp_path / "store")
+    (error,) = [e for e in EmbeddingStore.open(tmp_path / "store").errors() if e["source_row"] == 5]
+    assert error["reason"] == "embedded null byte"
+    update = with_changes(update=True)
+    assert encode(checkpoint, PairTable(table, source.root), tmp_path / "store", update).reused
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_progress_counts_each_image_once(
+    checkpoint: Path,
+    source: PairTable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    images: bool,
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(ProgressLine, "advance", lambda self, n=1, note="": counted.append(n))
+    encode(checkpoint, source, tmp_path / "store", with_changes(images=images))
+    assert sum(counted) == COUNT
 
 
 def test_a_model_that_gives_nan_is_refused(
