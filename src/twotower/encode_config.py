@@ -66,6 +66,10 @@ class EncodeConfig(Section):
             )
         if self.update and self.overwrite:
             raise ConfigError("encode.update and encode.overwrite are both true; choose one")
+        if self.legacy_output and not self.images:
+            raise ConfigError(
+                "encode.legacy_output is a copy of the image vectors, and encode.images is false"
+            )
         if self.shard >= self.num_shards:
             raise ConfigError(
                 f"encode.shard must be below encode.num_shards={self.num_shards}, not {self.shard}"

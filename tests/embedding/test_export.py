@@ -318,6 +318,8 @@ def test_overwriting_keeps_the_old_store_until_the_new_one_is_finished(
     # What was not the store's stays; nothing else does.
     assert contents(tmp_path / "store.old") == {"mine.txt": b"a note"}
     assert not (tmp_path / "store.new").exists()
+    with pytest.raises(ConfigError, match="store.old holds mine.txt, which an earlier encoding"):
+        encode(checkpoint, source, output, anew)
     # A kill between the two renames leaves the store under its other name: it comes back.
     output.rename(tmp_path / "moved")
     (tmp_path / "store.old" / "mine.txt").unlink()

@@ -200,7 +200,7 @@ def test_what_cannot_be_updated_is_said(checkpoint: Path, folder: Path, tmp_path
     with pytest.raises(ConfigError, match="are both true"):
         EncodeConfig(update=True, overwrite=True)
     (output / "source.parquet").unlink()
-    with pytest.raises(ConfigError, match="cannot be updated: it does not say what its pictures"):
+    with pytest.raises(ConfigError, match="cannot be updated: it lacks files; encode anew"):
         export(checkpoint, table(folder), output, UPDATE, ONE_THREAD)
     (output / "source.parquet").write_bytes(b"no table")
     with pytest.raises(ConfigError, match="source.parquet cannot be read, so nobody knows what"):
@@ -273,3 +273,19 @@ def test_rows_that_would_be_made_otherwise_are_not_added(
     with pytest.raises(ConfigError, match=r"the store to update has the .*\(size=17\) here"):
         export(checkpoint, table(folder), output, UPDATE, ONE_THREAD)
     assert len(EmbeddingStore.open(output)) == 40 and not (tmp_path / "store.update").exists()
+
+
+def test_of_torchruns_ranks_the_first_speaks_for_all(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "store"
+    export(checkpoint, table(folder), output, SETTINGS, ONE_THREAD)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    said = []
+    for settings in (SETTINGS, UPDATE):  # a store that is kept; an update that only deletes
+        for rank in (1, 0):
+            monkeypatch.setenv("RANK", str(rank))
+            said.append(export(checkpoint, table(folder), output, settings, ONE_THREAD))
+        (folder / "0003_white.jpg").unlink(missing_ok=True)
+    assert [result is None for result in said] == [True, False, True, False]
+    assert said[1].reused and "0 changed and 1 vanished images" in said[3].sentence()

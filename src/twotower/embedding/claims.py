@@ -71,6 +71,7 @@ class Claims:
         if path.exists():
             if not self._is_stale(name):
                 return False
+            log.info("taking %s over from %s, which is gone", name, self.owner(name) or "somebody")
             # Should another have renewed it in between, two do the same work, and no more.
             path.unlink(missing_ok=True)
         try:
@@ -161,7 +162,6 @@ class Claims:
         if owner and all(owner[key] == mine[key] for key in ("host", "pids")):
             born = _born(owner["pid"])
             if born is None or born != owner["born"]:
-                log.info("taking %s over from process %d, which is dead", name, owner["pid"])
                 return True
         # By this machine's clock alone: those of two machines may differ.
         now = time.monotonic()

@@ -137,6 +137,7 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
     if not differences and not is_whole:
         return output
     if overwrite:
+        _refuse_what_is_in_the_way(beside(output, "old"))
         new = beside(output, "new")
         if not (new / MANIFEST).exists():
             _refuse_other_files(new)
@@ -148,6 +149,15 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
             "folder with encode.output=..., or replace it with encode.overwrite=true"
         )
     return None
+
+
+def _refuse_what_is_in_the_way(old: Path) -> None:
+    """What is not the store's own stays in `<store>.old`, and would fail the next replacement."""
+    if old.is_dir() and not (old / MANIFEST).exists() and (files := sorted(old.iterdir())):
+        raise ConfigError(
+            f"{old} holds {files[0].name}, which an earlier encoding left there because it was not "
+            "its own; move it away, for the store that is replaced goes there for a moment"
+        )
 
 
 def _refuse_other_files(folder: Path) -> None:

@@ -188,6 +188,15 @@ class Manifest:
         """Whether files hold rows that an update has deleted or replaced."""
         return self.rows < sum(shard.rows for shard in self.shards)
 
+    @property
+    def repair(self) -> str:
+        """What the user can do about files that are missing or damaged."""
+        if not self.state:
+            return "merge its parts again, or encode anew with encode.overwrite=true"
+        if self.updates:  # its rows no longer follow the grid
+            return "encode anew with encode.overwrite=true"
+        return "run the same `twotower encode` again, which makes them anew"
+
     def shard_range(self, shard: int) -> range:
         """The source rows of a shard."""
         first = shard * self.shard_rows

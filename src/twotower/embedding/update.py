@@ -114,6 +114,15 @@ def _updatable(output: Path, plan: Manifest) -> Manifest:
         ConfigError: it cannot.
     """
     there = Manifest.read(output)
+    anew = "encode anew with encode.overwrite=true"
+    if not there.state:
+        raise ConfigError(
+            f"the store {output} cannot be updated: it does not say what its pictures were, since "
+            "it was merged or is an older version's; update the stores that were merged and merge "
+            f"them again, or {anew}"
+        )
+    if not (there.is_whole(output) and (output / there.state).exists()):
+        raise ConfigError(f"the store {output} cannot be updated: it lacks files; {anew}")
     alike = dataclasses.replace(
         plan, source=there.source, source_fingerprint=there.source_fingerprint
     )
@@ -121,15 +130,6 @@ def _updatable(output: Path, plan: Manifest) -> Manifest:
         raise ConfigError(
             f"{output} holds another encoding, which cannot be updated: {'; '.join(differences)}; "
             "choose another folder with encode.output=..., or replace it with encode.overwrite=true"
-        )
-    why = ""
-    if not there.is_whole(output):
-        why = "it lacks files"
-    elif not there.state or not (output / there.state).exists():
-        why = "it does not say what its pictures were (a merged store, or an older version's)"
-    if why:
-        raise ConfigError(
-            f"the store {output} cannot be updated: {why}; encode anew with encode.overwrite=true"
         )
     return there
 
