@@ -28,8 +28,8 @@ WORDS: dict[str, dict[str, str]] = {
     "prepare": {
         "backbones": "instead of data=...: lay out the pretrained towers under models/pretrained"
     },
-    "doctor": {"path=PATH": "a folder of pictures or a manifest, instead of data=..."},
-    "encode": {"path=PATH": "a folder of pictures or a manifest, instead of data=..."},
+    "doctor": {"path=PATH": "a folder of pictures, a list or table of them, or tars; not data=..."},
+    "encode": {"path=PATH": "a folder of pictures, a list or table of them, or tars; not data=..."},
     "store": {
         "info": "what a store holds, and how it was made",
         "verify": "read every byte of it, and encode some rows again",

@@ -44,6 +44,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def is_launched_main() -> bool:
+    """Whether this process speaks for all of a torchrun, before and after they meet in a group."""
+    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
 def is_main_process() -> bool:
     """Whether this process writes; collectives must never depend on it."""
     return rank() == 0

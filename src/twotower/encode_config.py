@@ -41,6 +41,11 @@ class EncodeConfig(Section):
     precision: Precision = setting(Precision.fp32, "what the towers compute in: fp32, bf16 or fp16")
     metadata: bool = setting(True, "write the source's own columns (url, class, ...) too")
     limit: int = setting(0, "encode the first so many images; 0 is all", ge=0)
+    image_key: str = setting("", "of tars in path=: extensions of pictures, as data.image_key has")
+    caption_key: str = setting(
+        "", "of tars in path=: extensions of captions or json.<field>, as data.caption_key has"
+    )
+    cache: str = setting("", "of tars in path=: folder of indexes and copies, as data.cache has")
     batch_size: int | str = setting(64, "rows a forward pass; auto finds out what is fast")
     shard_rows: int = setting(65536, "source rows a shard file", ge=1)
     num_workers: int = setting(0, "processes a rank that load images", ge=0)
@@ -61,6 +66,10 @@ class EncodeConfig(Section):
             )
         if self.update and self.overwrite:
             raise ConfigError("encode.update and encode.overwrite are both true; choose one")
+        if self.legacy_output and not self.images:
+            raise ConfigError(
+                "encode.legacy_output is a copy of the image vectors, and encode.images is false"
+            )
         if self.shard >= self.num_shards:
             raise ConfigError(
                 f"encode.shard must be below encode.num_shards={self.num_shards}, not {self.shard}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from twotower.embedding import claims as module
 from twotower.embedding.claims import Claims
+from twotower.settings import ConfigError
 
 
 def test_one_owner_until_it_is_released(tmp_path: Path) -> None:
@@ -65,6 +67,36 @@ def test_a_claim_of_the_living_moves(tmp_path: Path, monkeypatch: pytest.MonkeyP
         os.utime(claims.folder / "3", (1, 1))
         while (claims.folder / "3").stat().st_mtime == 1:
             time.sleep(0.01)
+
+
+def test_those_who_do_the_same_work_together_and_others_wait(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    done: list[str] = []
+
+    def other() -> None:
+        with Claims(tmp_path / "store") as claims, claims.working("b"):
+            done.append("b")
+
+    with Claims(tmp_path / "store") as one, Claims(tmp_path / "store") as two:
+        with one.working("a"), two.working("a"):
+            dead = {**module._this_process(), "born": 1}
+            (one.folder / "job-c-0").write_text(json.dumps(dead))  # holds nobody back
+            thread = threading.Thread(target=other)
+            thread.start()
+            while "waiting for process" not in caplog.text:
+                time.sleep(0.01)
+            done.append("a")
+        thread.join()
+    assert done == ["a", "b"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "far")
+    with pytest.raises(ConfigError, match="cannot make the folder .*link: File exists"):
+        Claims(tmp_path / "link" / "store").take("3")
 
 
 def test_no_links_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,23 @@ def test_unreadable_pictures_are_none_or_named(
         encoder.encode_images([floats])
 
 
+def test_what_would_shift_or_split_the_rows_is_refused(
+    encoder: Encoder, pictures: list[Path]
+) -> None:
+    with pytest.raises(ConfigError, match="a list is wanted, and str is one; use encode_texts.*te"):
+        encoder.encode_texts("a dog")
+    one = np.zeros((5, 4, 3), np.uint8)
+    for picture in (pictures[0], str(pictures[0]), b"bytes", Image.fromarray(one), one):
+        with pytest.raises(ConfigError, match="is one; use encode_images.*picture"):
+            encoder.encode_images(picture)
+    with pytest.raises(ConfigError, match="""errors must be "raise" or "none", not 'skip'"""):
+        encoder.encode_images(pictures, errors="skip")
+    many = encoder.encode_images(np.stack([one] * 6))
+    assert np.array_equal(many, encoder.encode_images([one] * 6))
+    texts = encoder.encode_texts(np.array(["a dog", "a cat"]))
+    assert np.array_equal(texts, encoder.encode_texts(["a dog", "a cat"]))
+
+
 def test_nothing_in_gives_nothing_out(encoder: Encoder) -> None:
     assert encoder.encode_images([]).shape == (0, 12)
     assert encoder.encode_images([], errors="none") == []

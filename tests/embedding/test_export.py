@@ -25,6 +25,7 @@ from tests.embedding.parts import (
     run_jobs,
 )
 from tests.helpers import run_ranks
+from twotower.console import ProgressLine
 from twotower.data.pairs import PairTable
 from twotower.distributed import Stopped
 from twotower.embedding import batch_size, encoder
@@ -253,6 +254,10 @@ def test_a_finished_store_is_reused_and_another_refused(
     assert again.reused and "kept the store" in again.sentence()
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
 
+    # What the source is called makes no other one of it.
+    renamed = PairTable(source.table, source.root, "squares by another name")
+    assert encode(checkpoint, renamed, output).reused
+
     other = tmp_path / "other.safetensors"
     other.write_text("1")
     refusals = {
@@ -271,6 +276,20 @@ def test_a_finished_store_is_reused_and_another_refused(
     with pytest.raises(ConfigError, match="the source's paths and captions .fingerprint. is"):
         encode(checkpoint, source.split("val"), output)
     assert contents(output) == before
+
+
+def test_a_store_that_another_kind_of_device_is_making_is_left_alone(
+    checkpoint: Path, source: PairTable, tmp_path: Path
+) -> None:
+    output = tmp_path / "store"
+    plan = encode(checkpoint, source, output).manifest
+    on_gpu = dataclasses.replace(plan, device="cuda", complete=False, shards=())
+    begun = StoreWriter.begin(output, on_gpu)
+    assert begun.is_over()  # what is finished is good for all
+    dataclasses.replace(plan, complete=False, shards=()).write(output)
+    with pytest.raises(ConfigError, match="the device is cpu there and cuda here"):
+        StoreWriter.begin(output, on_gpu)
+    assert (output / "img_emb" / "img_emb_0000.npy").exists()
 
 
 def test_overwriting_keeps_the_old_store_until_the_new_one_is_finished(
@@ -299,6 +318,8 @@ def test_overwriting_keeps_the_old_store_until_the_new_one_is_finished(
     # What was not the store's stays; nothing else does.
     assert contents(tmp_path / "store.old") == {"mine.txt": b"a note"}
     assert not (tmp_path / "store.new").exists()
+    with pytest.raises(ConfigError, match="store.old holds mine.txt, which an earlier encoding"):
+        encode(checkpoint, source, output, anew)
     # A kill between the two renames leaves the store under its other name: it comes back.
     output.rename(tmp_path / "moved")
     (tmp_path / "store.old" / "mine.txt").unlink()
@@ -451,6 +472,33 @@ def test_threads_are_kept_when_a_store_is_continued(
     export(checkpoint, source, output, SETTINGS, dataclasses.replace(ONE_THREAD, num_threads=2))
     assert contents(output) == before
     assert "keeping 1 thread(s) a process, with which the store was begun" in caplog.text
+
+
+def test_a_name_that_no_file_can_have_is_listed(
+    checkpoint: Path, source: PairTable, tmp_path: Path
+) -> None:
+    names = source.table["filepath"].to_pylist()
+    names[5] = "a\0b.jpg"
+    table = source.table.set_column(0, "filepath", pa.array(names, pa.large_string()))
+    encode(checkpoint, PairTable(table, source.root, "odd"), tmp_path / "store")
+    (error,) = [e for e in EmbeddingStore.open(tmp_path / "store").errors() if e["source_row"] == 5]
+    assert error["reason"] == "embedded null byte"
+    update = with_changes(update=True)
+    assert encode(checkpoint, PairTable(table, source.root), tmp_path / "store", update).reused
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_progress_counts_each_image_once(
+    checkpoint: Path,
+    source: PairTable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    images: bool,
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(ProgressLine, "advance", lambda self, n=1, note="": counted.append(n))
+    encode(checkpoint, source, tmp_path / "store", with_changes(images=images))
+    assert sum(counted) == COUNT
 
 
 def test_a_model_that_gives_nan_is_refused(

@@ -90,13 +90,15 @@ def test_what_cannot_be_merged_is_said(
         assert EmbeddingStore.open(folder).manifest.fingerprint[:16] in str(refused.value)
     assert "the checkpoint (SHA-256) is 5fec" in str(refused.value)
     export(checkpoint, source.head(20), tmp_path / "pairs", PAIRS, ONE_THREAD)
-    with pytest.raises(ConfigError, match="encode.rows_kind is images in one and pairs in the"):
+    with pytest.raises(ConfigError, match="encode.rows is images in one and pairs in the"):
         merge_stores([halves[0], tmp_path / "pairs"], tmp_path / "merged")
     write_legacy(EmbeddingStore.open(halves[0]), tmp_path / "older")
     with pytest.raises(ConfigError, match="older is of the older layout and cannot be merged"):
         merge_stores([halves[0], tmp_path / "older"], tmp_path / "merged")
     with pytest.raises(ConfigError, match="joins two stores or more"):
         merge_stores(halves[:1], tmp_path / "merged")
+    with pytest.raises(ConfigError, match="joins two stores or more; name each once"):
+        merge_stores([*halves, halves[0]], tmp_path / "merged")
     with pytest.raises(ConfigError, match="is there already"):
         merge_stores(halves, halves[0])
     numbers = source.head(20).table.drop_columns(["url"])
@@ -177,3 +179,30 @@ def test_verify_reads_every_byte_and_encodes_again(
     shards[2] = np.roll(shards[2], 1, axis=0)
     with pytest.raises(ConfigError, match="is not what its checkpoint gives: in img_emb, row"):
         verify_store(store, encoder, 89, seed=0)
+
+
+def test_a_picture_of_two_stores_is_told_and_a_merged_store_is_not_updated(
+    checkpoint: Path, source: PairTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [source.head(41), PairTable(source.table.slice(38), source.root, "rest")]
+    for name, part in zip("ab", parts, strict=True):
+        export(checkpoint, part, tmp_path / name, SETTINGS, ONE_THREAD)
+    merged = tmp_path / "merged"
+    merge_stores([tmp_path / "a", tmp_path / "b"], merged)
+    assert f"3 pictures are in more than one of the stores, and {merged} has all" in caplog.text
+    update = dataclasses.replace(SETTINGS, update=True)
+    with pytest.raises(ConfigError, match="update the stores that were merged and merge them"):
+        export(checkpoint, source, merged, update, ONE_THREAD)
+    (merged / "img_emb" / "img_emb_0001.npy").unlink()
+    with pytest.raises(ConfigError, match="is missing or cut; merge its parts again, or encode"):
+        EmbeddingStore.open(merged)
+    # A store with dead rows is merged a shard at a time.
+    few = PairTable(source.table.slice(20, 20), source.root, "squares")
+    export(checkpoint, few, tmp_path / "a", update, ONE_THREAD)
+    export(checkpoint, few, tmp_path / "fresh", SETTINGS, ONE_THREAD)
+    merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "again")
+    again, fresh = EmbeddingStore.open(tmp_path / "again"), EmbeddingStore.open(tmp_path / "fresh")
+    count = len(fresh)
+    ids = (again.row_ids()[:count], fresh.row_ids())
+    assert np.array_equal(again.image_rows(ids[0]), fresh.image_rows(ids[1]))
+    assert np.array_equal(again.text_rows(ids[0]), fresh.text_rows(ids[1]))

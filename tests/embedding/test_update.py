@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from tests.embedding.parts import ONE_THREAD, contents
-from tests.helpers import write_pictures
+from tests.embedding.parts import ONE_THREAD, bundle_of, contents
+from tests.helpers import SquareTransform, write_pictures
 from twotower.data.pairs import Pair, PairTable
+from twotower.embedding import encoder
 from twotower.embedding import update as update_module
+from twotower.embedding.claims import Claims
 from twotower.embedding.export import export
 from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.writer import StoreWriter
 from twotower.encode_config import EncodeConfig, Rows
+from twotower.models.dual_encoder import ModelBundle
 from twotower.retrieval.build import build_index, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.index import Modality
@@ -195,5 +200,92 @@ def test_what_cannot_be_updated_is_said(checkpoint: Path, folder: Path, tmp_path
     with pytest.raises(ConfigError, match="are both true"):
         EncodeConfig(update=True, overwrite=True)
     (output / "source.parquet").unlink()
-    with pytest.raises(ConfigError, match="cannot be updated: it does not say what its pictures"):
+    with pytest.raises(ConfigError, match="cannot be updated: it lacks files; encode anew"):
         export(checkpoint, table(folder), output, UPDATE, ONE_THREAD)
+    (output / "source.parquet").write_bytes(b"no table")
+    with pytest.raises(ConfigError, match="source.parquet cannot be read, so nobody knows what"):
+        export(checkpoint, table(folder), output, UPDATE, ONE_THREAD)
+
+
+def test_an_update_that_waited_for_another_looks_again(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, working = tmp_path / "store", Claims.working
+    export(checkpoint, table(folder), output, SETTINGS, ONE_THREAD)
+    (folder / "0003_white.jpg").unlink()
+
+    def after_another(claims: Claims, job: str) -> AbstractContextManager[None]:
+        """Another update comes in between, which has seen a further picture."""
+        monkeypatch.setattr(Claims, "working", working)
+        repaint(folder / "0005_green.jpg", folder / "0008_red.jpg")
+        assert export(checkpoint, table(folder), output, UPDATE, ONE_THREAD).encoded == 1
+        shutil.copyfile(folder / "0008_red.jpg", folder / "0041_red.jpg")
+        return working(claims, job)
+
+    shutil.copyfile(folder / "0008_red.jpg", folder / "0040_red.jpg")
+    (folder / "0040_red.jpg").rename(folder / "0040_again.jpg")
+    pairs = table(folder)
+    monkeypatch.setattr(Claims, "working", after_another)
+    (folder / "0040_again.jpg").unlink()
+    # Its source still names the picture that has vanished since, which is listed.
+    result = export(checkpoint, pairs, output, UPDATE, ONE_THREAD)
+    assert (result.manifest.updates, result.manifest.errors) == (2, 1)
+    monkeypatch.setattr(Claims, "working", working)
+    export(checkpoint, table(folder), output, UPDATE, ONE_THREAD)
+    export(checkpoint, table(folder), tmp_path / "fresh", SETTINGS, ONE_THREAD)
+    assert vectors(EmbeddingStore.open(output)) == vectors(EmbeddingStore.open(tmp_path / "fresh"))
+
+
+def test_two_images_of_one_id_stay_two(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    """As from tars of one name in two folders."""
+    names = pa.array([f"00000/{row % 20}" for row in range(40)], pa.large_string())
+    output = tmp_path / "store"
+
+    def source() -> PairTable:
+        whole = table(folder).table
+        place = whole.schema.get_field_index("image_id")
+        column = names.slice(0, len(whole))
+        return PairTable(whole.set_column(place, "image_id", column), folder, "twice")
+
+    export(checkpoint, source(), output, SETTINGS, ONE_THREAD)
+    assert export(checkpoint, source(), output, UPDATE, ONE_THREAD).reused
+    repaint(folder / "0025_green.jpg", folder / "0008_red.jpg")
+    (folder / "0039_white.jpg").unlink()
+    result = export(checkpoint, source(), output, UPDATE, ONE_THREAD)
+    assert result.encoded == 1 and len(result.manifest.shards) == 2
+    store = EmbeddingStore.open(output)
+    assert store.deleted().tolist() == [39]
+    export(checkpoint, source(), tmp_path / "fresh", SETTINGS, ONE_THREAD)
+    assert vectors(store) == vectors(EmbeddingStore.open(tmp_path / "fresh"))
+
+
+def test_rows_that_would_be_made_otherwise_are_not_added(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "store"
+    export(checkpoint, table(folder), output, SETTINGS, ONE_THREAD)
+    (folder / "0003_white.jpg").rename(folder / "0099_white.jpg")
+
+    def other_code(path: Path) -> ModelBundle:
+        return dataclasses.replace(bundle_of(path), eval_transform=SquareTransform(17))
+
+    monkeypatch.setattr(encoder, "load_bundle", other_code)
+    with pytest.raises(ConfigError, match=r"the store to update has the .*\(size=17\) here"):
+        export(checkpoint, table(folder), output, UPDATE, ONE_THREAD)
+    assert len(EmbeddingStore.open(output)) == 40 and not (tmp_path / "store.update").exists()
+
+
+def test_of_torchruns_ranks_the_first_speaks_for_all(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "store"
+    export(checkpoint, table(folder), output, SETTINGS, ONE_THREAD)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    said = []
+    for settings in (SETTINGS, UPDATE):  # a store that is kept; an update that only deletes
+        for rank in (1, 0):
+            monkeypatch.setenv("RANK", str(rank))
+            said.append(export(checkpoint, table(folder), output, settings, ONE_THREAD))
+        (folder / "0003_white.jpg").unlink(missing_ok=True)
+    assert [result is None for result in said] == [True, False, True, False]
+    assert said[1].reused and "0 changed and 1 vanished images" in said[3].sentence()

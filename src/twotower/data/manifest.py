@@ -53,10 +53,13 @@ class ManifestConfig(SplitConfig):
 
 
 @DATASETS.register("manifest", ManifestConfig)
-def load_manifest(config: ManifestConfig) -> PairTable:
+def load_manifest(config: ManifestConfig, *, bare: bool = False) -> PairTable:
     """The images of a manifest, in the order of their first row.
 
     Rows without a caption are left out and counted in the log.
+
+    Args:
+        bare: they are kept, as images without captions.
 
     Raises:
         ConfigError: the file or a column is missing, a line is malformed, or nothing is left.
@@ -73,7 +76,7 @@ def load_manifest(config: ManifestConfig) -> PairTable:
     if not rows.num_rows:
         raise ConfigError(f"{path} has no rows")
     if config.caption_column:
-        rows = _drop_rows_without_caption(rows, path)
+        rows = _without_blanks(rows) if bare else _drop_rows_without_caption(rows, path)
     drawn = "split" not in rows.column_names
     if drawn:
         rows = rows.append_column("split", _repeat("", rows.num_rows))
@@ -188,11 +191,21 @@ def _refuse_gaps(column: pa.ChunkedArray, what: str) -> None:
         raise ConfigError(f"{what} is empty in {column.null_count} rows, first in row {row + 1}")
 
 
-def _drop_rows_without_caption(rows: pa.Table, path: Path) -> pa.Table:
+def _no_caption(rows: pa.Table) -> pa.ChunkedArray:
+    """Which rows have none."""
     caption = rows["caption"]
-    missing = pc.or_kleene(
-        caption.is_null(), pc.is_in(caption, pa.array(NOT_A_NUMBER, pa.large_string()))
-    )
+    blank = pc.is_in(caption, pa.array(NOT_A_NUMBER, pa.large_string()))
+    return pc.or_kleene(caption.is_null(), blank)
+
+
+def _without_blanks(rows: pa.Table) -> pa.Table:
+    text = pa.large_string()
+    captions = pc.if_else(_no_caption(rows), pa.scalar(None, text), rows["caption"])
+    return rows.set_column(rows.column_names.index("caption"), "caption", captions)
+
+
+def _drop_rows_without_caption(rows: pa.Table, path: Path) -> pa.Table:
+    missing = _no_caption(rows)
     count = pc.sum(missing).as_py()
     if not count:
         return rows

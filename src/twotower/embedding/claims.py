@@ -26,6 +26,8 @@ SECONDS_BETWEEN_BEATS = 15.0
 SECONDS_TO_BE_STALE = 300.0
 SECONDS_BETWEEN_LOOKS = 0.2
 
+_JOB = "job-"  # before the name of a claim that says what its owner makes of the whole folder
+
 
 class Claims:
     """The claims on the parts of one folder, by name; they lie beside it, in `.<folder>.claims`.
@@ -66,13 +68,20 @@ class Claims:
             ConfigError: the folder cannot be written.
         """
         path = self.folder / name
-        if path.exists() and not self._is_stale(name):
-            return False
-        # Should another have renewed it in between, two do the same work, and no more than that.
-        path.unlink(missing_ok=True)
+        if path.exists():
+            if not self._is_stale(name):
+                return False
+            log.info("taking %s over from %s, which is gone", name, self.owner(name) or "somebody")
+            # Should another have renewed it in between, two do the same work, and no more.
+            path.unlink(missing_ok=True)
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cannot make the folder {self.folder.parent}: {reason}") from error
         temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
             temporary.write_text(json.dumps(_this_process()))
             _create(temporary, path)
         except FileExistsError:
@@ -101,6 +110,37 @@ class Claims:
         finally:
             self.release(name)
 
+    @contextmanager
+    def working(self, job: str) -> Iterator[None]:
+        """Work on the folder beside whoever does the same job; wait for those who do another."""
+        name, told = f"{_JOB}{job}-{secrets.token_hex(4)}", False
+        while True:
+            with self.holding("jobs"):
+                other = self._other_job(job)
+                if not other and self.take(name):
+                    break
+            if other and not told:
+                log.info("waiting for %s, which writes another encoding here", self.owner(other))
+                told = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        try:
+            yield
+        finally:
+            self.release(name)
+
+    def _other_job(self, job: str) -> str:
+        """The claim of a living process that does another job; empty if there is none."""
+        try:
+            names = [name for name in os.listdir(self.folder) if name.startswith(_JOB)]
+        except OSError:
+            return ""
+        for name in names:
+            if self._is_stale(name):
+                (self.folder / name).unlink(missing_ok=True)
+            elif not name.startswith(f"{_JOB}{job}-"):
+                return name
+        return ""
+
     def clear(self) -> None:
         """Remove every claim, of whomever: there is no work left."""
         self._held.clear()
@@ -122,7 +162,6 @@ class Claims:
         if owner and all(owner[key] == mine[key] for key in ("host", "pids")):
             born = _born(owner["pid"])
             if born is None or born != owner["born"]:
-                log.info("taking %s over from process %d, which is dead", name, owner["pid"])
                 return True
         # By this machine's clock alone: those of two machines may differ.
         now = time.monotonic()

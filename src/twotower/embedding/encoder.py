@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from twotower.embedding.layout import FloatArray
@@ -60,6 +61,12 @@ def described(thing: object) -> str:
     if len(text) <= LONGEST_DESCRIPTION:
         return text
     return f"{name} {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+def _refuse_one(items: object, instead: str) -> None:
+    one_array = isinstance(items, np.ndarray) and items.dtype == np.uint8 and items.ndim < 4
+    if one_array or isinstance(items, str | bytes | Path | Image.Image):
+        raise ConfigError(f"a list is wanted, and {type(items).__name__} is one; use {instead}")
 
 
 class Encoder:
@@ -125,8 +132,13 @@ class Encoder:
         }
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        """Texts -> (N, D) float32 of unit norm, in the order given."""
-        if not texts:
+        """Texts -> (N, D) float32 of unit norm, in the order given.
+
+        Raises:
+            ConfigError: `texts` is one text, whose letters would be encoded.
+        """
+        _refuse_one(texts, "encode_texts([text])")
+        if not len(texts):
             return np.empty((0, self.dim), np.float32)
         rows = []
         for first in range(0, len(texts), self.batch_size):
@@ -162,8 +174,12 @@ class Encoder:
         entries, each (D,) float32, or None for a picture that cannot be read.
 
         Raises:
-            ConfigError: a picture cannot be read and `errors` is "raise".
+            ConfigError: a picture cannot be read and `errors` is "raise", `errors` is neither, or
+                `images` is one picture.
         """
+        _refuse_one(images, "encode_images([picture])")
+        if errors not in ("raise", "none"):
+            raise ConfigError(f'errors must be "raise" or "none", not {errors!r}')
         rows: list[FloatArray | None] = []
         for first in range(0, len(images), self.batch_size):
             sources = images[first : first + self.batch_size]

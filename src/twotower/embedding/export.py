@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 from twotower.checkpoint.native import file_sha256
 from twotower.config import DistributedConfig
 from twotower.data.pairs import PairTable
-from twotower.distributed import resolve_device
+from twotower.distributed import is_launched_main, resolve_device
+from twotower.embedding.claims import Claims
 from twotower.embedding.folders import beside, restore
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.rows import fingerprint, has_captions
@@ -44,11 +46,11 @@ def export(
 
     A finished store of the same source, checkpoint and settings is reused, an unfinished one is
     continued with the number of threads that it was begun with, another one is refused. Several
-    exports of the same, on machines that share the folder, help each other; with
-    `encode.num_shards` one does only its own part of the shards, and the last one finishes. With
-    `encode.update` a finished store of this checkpoint is brought to what the source is now. With
-    `encode.overwrite` the store that is there stays until the new one is finished. Unreadable
-    pictures are listed in the store.
+    exports of the same, on machines that share the folder, help each other; an export of another
+    kind (an update, an encoding anew) waits until they are done. With `encode.num_shards` one does
+    only its own part of the shards, and the last one finishes. With `encode.update` a finished
+    store of this checkpoint is brought to what the source is now. With `encode.overwrite` the store
+    that is there stays until the new one is finished. Unreadable pictures are listed in the store.
 
     Returns:
         What was done; None on other ranks than the first under torchrun.
@@ -57,23 +59,30 @@ def export(
         ConfigError: the checkpoint is missing, the folder holds something else, there is nothing to
             encode, nothing could be read, or the disk is full.
     """
-    plan = _plan(existing_checkpoint(checkpoint), pairs, encode, distributed)
-    restore(output)
-    if encode.update and is_finished(output):
-        return update(plan, pairs, output, encode, distributed)
-    folder = _work_folder(output, plan, overwrite=encode.overwrite)
-    if folder is None:
-        return ExportResult(folder=output, manifest=Manifest.read(output), reused=True)
     job = ExportJob(
         checkpoint=checkpoint,
         pairs=pairs,
         output=output,
-        folder=folder,
-        plan=plan,
+        folder=output,
+        plan=_plan(existing_checkpoint(checkpoint), pairs, encode, distributed),
         encode=encode,
         distributed=distributed,
     )
-    return launch(run_export, distributed, job)
+    restore(output)
+    result = update(job) if encode.update and is_finished(output) else _export(job)
+    return result if is_launched_main() else None
+
+
+def _export(job: ExportJob) -> ExportResult | None:
+    overwrite = job.encode.overwrite
+    if _work_folder(job.output, job.plan, overwrite=overwrite) is None:  # without writing anything
+        return ExportResult(folder=job.output, manifest=Manifest.read(job.output), reused=True)
+    with Claims(job.output) as claims, claims.working(job.plan.job(str(overwrite))):
+        # Others may have written here until now.
+        folder = _work_folder(job.output, job.plan, overwrite=overwrite)
+        if folder is None:
+            return ExportResult(folder=job.output, manifest=Manifest.read(job.output), reused=True)
+        return launch(run_export, job.distributed, dataclasses.replace(job, folder=folder))
 
 
 def _plan(
@@ -123,13 +132,12 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
             f"the store {output} was updated and has lost files since; encode it anew with "
             "encode.overwrite=true"
         )
-    differences = there.differences(plan)
     is_whole = there.complete and there.is_whole(output)
-    if not is_whole and there.device != plan.device:
-        differences.append(f"the device is {there.device} there and {plan.device} here")
+    differences = there.differences(plan, device=not is_whole)
     if not differences and not is_whole:
         return output
     if overwrite:
+        _refuse_what_is_in_the_way(beside(output, "old"))
         new = beside(output, "new")
         if not (new / MANIFEST).exists():
             _refuse_other_files(new)
@@ -141,6 +149,15 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
             "folder with encode.output=..., or replace it with encode.overwrite=true"
         )
     return None
+
+
+def _refuse_what_is_in_the_way(old: Path) -> None:
+    """What is not the store's own stays in `<store>.old`, and would fail the next replacement."""
+    if old.is_dir() and not (old / MANIFEST).exists() and (files := sorted(old.iterdir())):
+        raise ConfigError(
+            f"{old} holds {files[0].name}, which an earlier encoding left there because it was not "
+            "its own; move it away, for the store that is replaced goes there for a moment"
+        )
 
 
 def _refuse_other_files(folder: Path) -> None:

@@ -188,6 +188,15 @@ class Manifest:
         """Whether files hold rows that an update has deleted or replaced."""
         return self.rows < sum(shard.rows for shard in self.shards)
 
+    @property
+    def repair(self) -> str:
+        """What the user can do about files that are missing or damaged."""
+        if not self.state:
+            return "merge its parts again, or encode anew with encode.overwrite=true"
+        if self.updates:  # its rows no longer follow the grid
+            return "encode anew with encode.overwrite=true"
+        return "run the same `twotower encode` again, which makes them anew"
+
     def shard_range(self, shard: int) -> range:
         """The source rows of a shard."""
         first = shard * self.shard_rows
@@ -213,18 +222,31 @@ class Manifest:
         """SHA-256 of all that the rows of one store share: the space, and the precision."""
         return self._hash(FINGERPRINT)
 
+    def job(self, *also: str) -> str:
+        """A short name that encoders have in common who do the same by this plan."""
+        about = {**dataclasses.asdict(self), "source": "", "checkpoint": "", "also": also}
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
     def _hash(self, names: Iterable[str]) -> str:
         about = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-    def differences(self, other: Manifest) -> list[str]:
+    def differences(self, other: Manifest, *, device: bool = False) -> list[str]:
         """In what `other` is another encoding than this one, in the user's words.
 
         How a checkpoint prepares its inputs, and `batch_size=auto`, are known only once it is
-        loaded; before, they are empty.
+        loaded; before, they are empty. What a source is called (`pics`, `/data/pics`) makes no
+        other one of it.
+
+        Args:
+            device: whether the kind of device counts, since one store is made on one kind.
         """
         late = ("preprocessing", "tokenizer", "batch_size")
         known = {n: w for n, w in _IDENTITY.items() if n not in late or self._both(other, n)}
+        if self.source_fingerprint == other.source_fingerprint:
+            del known["source"]
+        if device:
+            known["device"] = "the device"
         return self.differences_in(other, known)
 
     def _both(self, other: Manifest, name: str) -> bool:

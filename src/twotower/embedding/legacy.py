@@ -74,6 +74,16 @@ def _fingerprint(paths: list[str], rows: FloatArray) -> str:
     return sha256.hexdigest()
 
 
+def check_legacy_folder(folder: Path) -> None:
+    """Refuse a folder that a copy of a store cannot be written into.
+
+    Raises:
+        ConfigError: it is a file, or not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; give encode.legacy_output an empty folder")
+
+
 def write_legacy(store: EmbeddingStore, folder: Path, rows_a_file: int = 1000) -> int:
     """Write a store's image vectors and paths in the older layout, as `.pt` files of a few rows.
 
@@ -84,8 +94,7 @@ def write_legacy(store: EmbeddingStore, folder: Path, rows_a_file: int = 1000) -
         ConfigError: the store has no image vectors, the folder is not empty or cannot be written.
     """
     shards = store.image_shards()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; give encode.legacy_output an empty folder")
+    check_legacy_folder(folder)
     count = 0
     for place, rows in enumerate(shards):
         paths = store.table(place)["image_path"].to_pylist()

@@ -43,35 +43,21 @@ class PictureBatch(NamedTuple):
     states: list[FileState] = []
 
 
-def open_row(pairs: PairTable, row: int) -> tuple[bytes, int]:
-    """The file of a row's picture, and when it was changed (ns): the one place that opens them.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    return read_place(pairs.path(row))
-
-
 def stat_row(pairs: PairTable, row: int) -> FileState:
     """Size and time of the file of a row's picture, without its hash; zeros if there is none."""
     try:
         return FileState(*state_of(pairs.path(row)))
-    except OSError:
+    except (OSError, ValueError):
         return FileState()
 
 
 def row_state(pairs: PairTable, row: int) -> FileState:
     """Size, time and hash of the file of a row's picture; zeros if it cannot be read."""
     try:
-        data, changed = open_row(pairs, row)
-    except OSError:
+        data, changed = read_place(pairs.path(row))
+    except (OSError, ValueError):
         return FileState()
     return FileState(len(data), changed, hashlib.sha256(data).hexdigest())
-
-
-def name_of_row(pairs: PairTable, row: int) -> str:
-    """What to call the picture of a row."""
-    return str(pairs.path(row))
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -135,9 +121,10 @@ class PictureFiles(Dataset[ReadRow]):
 
     def __getitem__(self, row: int) -> ReadRow:
         try:
-            data, changed = open_row(self.pairs, row)
-        except OSError as error:
-            return ReadRow((error.strerror or str(error)).lower(), FileState())
+            data, changed = read_place(self.pairs.path(row))
+        except (OSError, ValueError) as error:  # the latter of a name that no file can have
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            return ReadRow(reason.lower(), FileState())
         state = FileState(len(data), changed, hashlib.sha256(data).hexdigest())
         return ReadRow(read_picture(data, self.transform), state)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import lru_cache
@@ -33,27 +34,80 @@ from twotower.embedding.layout import (
     Manifest,
     Shard,
 )
-from twotower.embedding.rows import with_ids
+from twotower.embedding.rows import id_ranges, with_ids
 from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.writer import ROWS_PER_GROUP, described_file
 from twotower.settings import ConfigError
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = {name: f"encode.{name}" for name in ("images", "texts")} | {"rows_kind": "encode.rows"}
 
 
 def merge_stores(inputs: Sequence[Path], output: Path) -> Manifest:
     """Put the rows of several stores into a new one, a shard after the other.
 
-    The ids of the first store stay; those of each further one are moved behind the ones before.
+    The ids of the first store stay; those of each further one are moved behind the ones before. A
+    picture that is in two stores is in the new one twice, which is said in the log.
 
     Raises:
         ConfigError: fewer than two stores, they were made in different ways, `output` is there
             already, or the disk is full.
     """
-    if len(inputs) < 2:
+    stores = [EmbeddingStore.open(path) for path in inputs]
+    _check_alike(stores)
+    with Claims(output) as claims, claims.working("merge"), claims.holding("append"):
+        _check_not_there(output)
+        new, manifest = _begin(output), _merged(stores)
+        schema = _one_schema(stores)
+        shards: list[Shard] = []
+        errors: list[pa.Table] = [ERROR_SCHEMA.empty_table()]
+        seen = _Pictures()
+        first_id = first_row = 0
+        with progress("merging", manifest.rows, "rows") as line:
+            for store in stores:
+                for place, shard in enumerate(store.manifest.shards):
+                    table = store.table(place)
+                    if not len(table):
+                        continue
+                    seen.add(table["image_path"].to_pylist())
+                    ids = table["row_id"].to_numpy() + first_id
+                    rows = table["source_row"].to_numpy() + first_row
+                    table = _as(schema, with_ids(table, ids, rows))
+                    source = range(first_row, first_row + shard.source_rows)
+                    vectors = _vectors(store, place)
+                    shards.append(_write(new, manifest, len(shards), source, *vectors, table))
+                    line.advance(len(table))
+                seen.end_store()
+                found = pq.read_table(store.folder / ERRORS, schema=ERROR_SCHEMA)
+                moved = pc.add(found["source_row"], first_row)
+                errors.append(found.set_column(0, "source_row", moved))
+                first_id += _next_row_id(store)
+                first_row += store.manifest.source_rows
+        _write_table(new / ERRORS, pa.concat_tables(errors))
+        manifest = dataclasses.replace(manifest, complete=True, shards=tuple(shards))
+        manifest.write(new)
+        _put(new, output)
+    if seen.repeated:
+        log.warning(
+            "%d pictures are in more than one of the stores, and %s has all their rows",
+            seen.repeated,
+            output,
+        )
+    return manifest
+
+
+def _check_alike(stores: Sequence[EmbeddingStore]) -> None:
+    """Refuse stores that cannot become one.
+
+    Raises:
+        ConfigError: why.
+    """
+    if len({store.folder.resolve() for store in stores}) < max(2, len(stores)):
         raise ConfigError(
-            "store merge joins two stores or more; name them, as in "
+            "store merge joins two stores or more; name each once, as in "
             "stores.inputs=[models/a/store,models/b/store]"
         )
-    stores = [EmbeddingStore.open(path) for path in inputs]
     first = stores[0]
     for store in stores:
         if not store.manifest.shards:
@@ -63,41 +117,29 @@ def merge_stores(inputs: Sequence[Path], output: Path) -> Manifest:
             first.manifest, f"the store {first.folder}", store.manifest, str(store.folder)
         )
         for name in ("rows_kind", "images", "texts", "dim"):
-            if getattr(first.manifest, name) != getattr(store.manifest, name):
+            here, there = getattr(first.manifest, name), getattr(store.manifest, name)
+            if here != there:
                 raise ConfigError(
-                    f"{first.folder} and {store.folder} cannot be merged: encode.{name} is "
-                    f"{getattr(first.manifest, name)} in one and {getattr(store.manifest, name)} "
-                    "in the other"
+                    f"{first.folder} and {store.folder} cannot be merged: "
+                    f"{_SETTINGS.get(name, name)} is {here} in one and {there} in the other"
                 )
-    _check_not_there(output)
-    new, manifest = _begin(output), _merged(stores)
-    schema = _one_schema(stores)
-    shards: list[Shard] = []
-    errors: list[pa.Table] = [ERROR_SCHEMA.empty_table()]
-    first_id = first_row = 0
-    with progress("merging", manifest.rows, "rows") as line:
-        for store in stores:
-            for place, shard in enumerate(store.manifest.shards):
-                table = store.table(place)
-                if not len(table):
-                    continue
-                ids = table["row_id"].to_numpy() + first_id
-                rows = table["source_row"].to_numpy() + first_row
-                table = _as(schema, with_ids(table, ids, rows))
-                number = len(shards)
-                source = range(first_row, first_row + shard.source_rows)
-                shards.append(_write(new, manifest, number, source, *_rows(store, place), table))
-                line.advance(len(table))
-            found = pq.read_table(store.folder / ERRORS, schema=ERROR_SCHEMA)
-            moved = pc.add(found["source_row"], first_row)
-            errors.append(found.set_column(0, "source_row", moved))
-            first_id += _next_row_id(store)
-            first_row += store.manifest.source_rows
-    _write_table(new / ERRORS, pa.concat_tables(errors))
-    manifest = dataclasses.replace(manifest, complete=True, shards=tuple(shards))
-    manifest.write(new)
-    _put(new, output)
-    return manifest
+
+
+class _Pictures:
+    """Counts the pictures that come in more than one store, in eight bytes each."""
+
+    def __init__(self) -> None:
+        self.repeated = 0
+        self._before: IntArray = np.empty(0, np.int64)
+        self._now: list[IntArray] = []
+
+    def add(self, paths: Sequence[str]) -> None:
+        self._now.append(np.fromiter(map(hash, paths), np.int64, len(paths)))
+
+    def end_store(self) -> None:
+        now = np.unique(np.concatenate([np.empty(0, np.int64), *self._now]))
+        self.repeated += len(np.intersect1d(self._before, now, assume_unique=True))
+        self._before, self._now = np.union1d(self._before, now), []
 
 
 def compact_store(folder: Path) -> Manifest:
@@ -108,7 +150,7 @@ def compact_store(folder: Path) -> Manifest:
     Raises:
         ConfigError: there is nothing to compact, or the disk is full; the store stays as it was.
     """
-    with Claims(folder) as claims, claims.holding("append"):
+    with Claims(folder) as claims, claims.working("compact"), claims.holding("append"):
         store = EmbeddingStore.open(folder)
         there = store.manifest
         if not there.updates or there.state == SOURCE:
@@ -154,14 +196,12 @@ def _live(states: pa.Table, first_row: int) -> tuple[IntArray, IntArray]:
     """The ids of the images that can be read, in order, and the source row of each id."""
     readable = np.flatnonzero(pc.equal(states["reason"], "").to_numpy())
     first, counts = (states[name].to_numpy()[readable] for name in ("row_id", "rows"))
-    rows = np.repeat(readable + first_row, counts)
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(first, counts) + np.arange(len(rows)) - starts, rows
+    return id_ranges(first, counts), np.repeat(readable + first_row, counts)
 
 
-def _rows(store: EmbeddingStore, place: int) -> tuple[FloatRows | None, FloatRows | None]:
-    images = store.image_shards()[place] if store.has_images else None
-    return images, store.text_shards()[place] if store.has_texts else None
+def _vectors(store: EmbeddingStore, place: int) -> tuple[FloatRows | None, FloatRows | None]:
+    images = store.shard_rows(IMAGES, place) if store.has_images else None
+    return images, store.shard_rows(TEXTS, place) if store.has_texts else None
 
 
 def _next_row_id(store: EmbeddingStore) -> int:

@@ -125,6 +125,13 @@ def with_ids(metadata: pa.Table, row_ids: IntArray, source_rows: IntArray) -> pa
     return metadata
 
 
+def id_ranges(first: IntArray, counts: IntArray) -> IntArray:
+    """The ids first[0], first[0] + 1, ... (counts[0] of them), first[1], ... in one array."""
+    starts = np.cumsum(counts) - counts
+    ids: IntArray = np.repeat(first - starts, counts) + np.arange(int(counts.sum()), dtype=np.int64)
+    return ids
+
+
 def row_hashes(pairs: PairTable, rows: range) -> list[str]:
     """A hash of all that the source says of each image: path, captions, columns."""
     part = pairs.table.slice(rows.start, len(rows))

@@ -21,7 +21,6 @@ from twotower.embedding.pictures import (
     FileState,
     PictureBatch,
     batches_of,
-    name_of_row,
     picture_batches,
 )
 from twotower.embedding.rows import RowGrid, Slots
@@ -114,13 +113,17 @@ class ShardEncoder:
         plan = self._writer.plan
         if not plan.images:
             for rows in queue:
+                others.mine.add(queue.claimed[0])
                 self._commit(queue, None, {}, [])
                 line.advance(len(rows))
+            return
+        ranges = iter(queue)
+        if (first_rows := next(ranges, None)) is None:  # no loader, whose workers take time
             return
         loader = picture_batches(
             self._pairs,
             self._encoder.bundle.eval_transform,
-            queue,
+            chain([first_rows], ranges),
             plan.batch_size,
             num_workers=self._config.num_workers,
             pin_memory=plan.device == "cuda",
@@ -152,10 +155,7 @@ class ShardEncoder:
             None if texts is None else texts[keep],
             self._grid.metadata(slots, keep, extra=plan.columns),
             self._grid.states(rows, files, reasons),
-            [
-                InputError(row, name_of_row(self._pairs, row), reasons[row])
-                for row in sorted(reasons)
-            ],
+            [InputError(row, str(self._pairs.path(row)), reasons[row]) for row in sorted(reasons)],
         )
         queue.claimed.popleft()
         queue.done(shard)

@@ -68,7 +68,7 @@ class EmbeddingStore:
             if not shard.is_whole(folder):
                 raise ConfigError(
                     f"the store {folder} is damaged: a file of shard {shard.shard} is missing or "
-                    "cut; run the same `twotower encode` again, which makes it anew"
+                    f"cut; {manifest.repair}"
                 )
         return cls(folder, manifest)
 
@@ -120,15 +120,16 @@ class EmbeddingStore:
 
     def _maps(self, kind: str) -> list[FloatRows]:
         """Memory maps; of a shard with dead rows a copy of the others, until it is compacted."""
-        maps = [
-            np.load(self.folder / shard.file(kind), mmap_mode="r") for shard in self.manifest.shards
-        ]
-        if self._alive is None:
-            return maps
-        return [
-            rows if alive.all() else rows[alive]
-            for rows, alive in zip(maps, self._alive, strict=True)
-        ]
+        return [self.shard_rows(kind, place) for place in range(len(self.manifest.shards))]
+
+    def shard_rows(self, kind: str, place: int) -> FloatRows:
+        """The vectors of one kind (`img_emb`) of a shard, by its place, as `image_shards` has them.
+
+        Nothing else is mapped or copied: for those who go through a store once.
+        """
+        path = self.folder / self.manifest.shards[place].file(kind)
+        rows: FloatRows = np.load(path, mmap_mode="r")
+        return rows if self._alive is None or self._alive[place].all() else rows[self._alive[place]]
 
     @cached_property
     def _alive(self) -> list[Mask] | None:

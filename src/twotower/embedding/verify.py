@@ -60,8 +60,8 @@ def _check_files(store: EmbeddingStore) -> None:
     if bad:
         more = f", and {len(bad) - 1} other files" if len(bad) > 1 else ""
         raise ConfigError(
-            f"the store {store.folder} is damaged: {bad[0]}{more}; remove them, and run the same "
-            "`twotower encode` again, which makes them anew"
+            f"the store {store.folder} is damaged: {bad[0]}{more}; remove them, and "
+            f"{store.manifest.repair}"
         )
 
 

@@ -28,6 +28,7 @@ from twotower.distributed import (
 from twotower.embedding.batch_size import find_batch_size
 from twotower.embedding.claims import Claims
 from twotower.embedding.encoder import Encoder
+from twotower.embedding.fingerprint import check_fingerprint
 from twotower.embedding.folders import replace_store
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.shards import ShardEncoder
@@ -201,6 +202,9 @@ def _begin(job: ExportJob, encoder: Encoder) -> tuple[StoreWriter, list[int]]:
         if not wanted.batch_size:
             size = _batch_size_of(job.folder) or find_batch_size(encoder, images=wanted.images)
             wanted = dataclasses.replace(wanted, batch_size=size)
+        if job.part:
+            # The same checkpoint, but another version of the code may prepare its inputs otherwise.
+            check_fingerprint(job.plan, "the store to update", wanted, "what would be added to it")
         anew = job.part or job.folder != job.output
         writer = StoreWriter.begin(job.folder, wanted, anew=anew, may_be_empty=job.part)
         plan, missing = writer.plan, writer.missing()

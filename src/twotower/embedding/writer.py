@@ -81,20 +81,21 @@ class StoreWriter:
             ConfigError: the files of another plan are there.
         """
         there = Manifest.read(folder) if (folder / MANIFEST).exists() else None
-        differences = there.differences(plan) if there else []
+        finished = there is not None and there.complete and there.is_whole(folder)
+        differences = there.differences(plan, device=anew or not finished) if there else []
         if differences and not anew:
             raise ConfigError(
                 f"{folder} holds another encoding: {'; '.join(differences)}; choose another folder "
                 "with encode.output=..., or replace it with encode.overwrite=true"
             )
-        if there and (differences or there.device != plan.device):
+        if differences:
             clear(folder)
-            there = None
+            there, finished = None, False
         plan = dataclasses.replace(plan, threads=there.threads) if there else plan
         writer = cls(folder, plan, may_be_empty)
+        if finished:  # by another process in the meantime
+            return writer
         if there and there.complete:
-            if there.is_whole(folder):  # another process has finished it in the meantime
-                return writer
             writer._reopen(there)
         writer.plan.write(folder)
         return writer
