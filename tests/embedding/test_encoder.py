@@ -141,6 +141,34 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         Encoder(tiny_bundle(), precision=Precision.fp16)
 
 
+def test_both_towers_are_compiled_after_a_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    bundle = clip_bundle(VIT)
+    found = Encoder(bundle, batch_size=BATCH, compiled=True)
+    model = bundle.model
+    assert compiled == [model.image_tower.trunk[1], model.text_tower.trunk]
+    assert "dim" in vars(found)  # else a batch of one text would be compiled for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_compiled_towers_give_the_same_rows(
+    precision: Precision, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(encoder_module, "multiplies_bf16", lambda: True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    texts = ["one", "two words", "three words here", "", "five"]
+    plain = Encoder(clip_bundle(VIT), precision=precision, batch_size=BATCH)
+    found = Encoder(clip_bundle(VIT), precision=precision, batch_size=BATCH, compiled=True)
+    tolerance = 1e-6 if precision is Precision.fp32 else 0.02
+    for one, other in (
+        (plain.encode_images(pictures), found.encode_images(pictures)),
+        (plain.encode_texts(texts), found.encode_texts(texts)),
+    ):
+        assert np.abs(one - other).max() < tolerance
+
+
 def test_load_takes_a_checkpoint_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: list[Path]
 ) -> None:

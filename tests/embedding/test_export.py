@@ -101,6 +101,18 @@ def test_batches_that_are_on_their_way_change_no_byte(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_compiling_stands_in_the_manifest(
+    checkpoint: Path, source: PairTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    encode(checkpoint, source, tmp_path / "a", with_changes(compile=True))
+    assert EmbeddingStore.open(tmp_path / "a").manifest.compiled
+    with pytest.raises(ConfigError, match="encode.compile is True there and False here"):
+        encode(checkpoint, source, tmp_path / "a")
+    with pytest.raises(ConfigError, match="so give encode.batch_size a number"):
+        with_changes(compile=True, batch_size="auto")
+
+
 def test_rows_are_what_the_model_gives_for_each_picture(
     checkpoint: Path, source: PairTable, tmp_path: Path
 ) -> None:
