@@ -66,7 +66,19 @@ def test_extras_are_those_of_the_scripts_and_the_readme(
 ) -> None:
     extras = setup_cfg["options.extras_require"]
     assert list(extras) == [
-        *("cpu", "gpu", "http", "lora", "onnx", "parity", "wandb", "optuna", "ray", "slurm"),
+        *(
+            "cpu",
+            "gpu",
+            "heif",
+            "http",
+            "lora",
+            "onnx",
+            "parity",
+            "wandb",
+            "optuna",
+            "ray",
+            "slurm",
+        ),
         *("quickstart", "test", "dev"),
     ]
     bounded = [*setup_cfg["options"]["install_requires"].strip().splitlines()]

@@ -39,6 +39,7 @@ class EncodeConfig(Section):
     texts: bool = setting(True, "write caption embeddings where there are captions")
     dtype: StoreDtype = setting(StoreDtype.fp16, "fp16 or fp32")
     precision: Precision = setting(Precision.fp32, "what the towers compute in: fp32, bf16 or fp16")
+    compile: bool = setting(False, "compile the towers with torch.compile; pays for many images")
     metadata: bool = setting(True, "write the source's own columns (url, class, ...) too")
     limit: int = setting(0, "encode the first so many images; 0 is all", ge=0)
     image_key: str = setting("", "of tars in path=: extensions of pictures, as data.image_key has")
@@ -63,6 +64,11 @@ class EncodeConfig(Section):
         if not number and self.batch_size != AUTO:
             raise ConfigError(
                 f"encode.batch_size must be at least 1, or auto, not {self.batch_size}"
+            )
+        if self.compile and self.batch_size == AUTO:
+            raise ConfigError(
+                "encode.compile=true takes a minute for each batch size that is tried, so give "
+                "encode.batch_size a number"
             )
         if self.update and self.overwrite:
             raise ConfigError("encode.update and encode.overwrite are both true; choose one")

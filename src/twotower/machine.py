@@ -105,6 +105,13 @@ def torch_build() -> str:
     )
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16; without, they are emulated."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def gpus() -> str:
     """The GPUs that torch sees, with their memory."""
     if not torch.cuda.is_available():

@@ -69,6 +69,15 @@ def test_16_bits_keep_the_brightness_of_8(kind: str) -> None:
     assert np.abs(made - (wide.astype(float) / 257)[..., None]).max() <= 1
 
 
+@pytest.mark.parametrize("value", [0, 40, 0x4000, 65535])
+def test_a_transparent_value_of_16_bits_is_white(value: int) -> None:
+    levels = [0, 40, 40 * 257, 0x4000, 65535]
+    image = Image.fromarray(np.array([levels], np.uint16))
+    made = np.asarray(decode_image(encoded(image, "PNG", transparency=value)))[0, :, 0]
+    expected = [255 if level == value else level / 257 for level in levels]
+    assert np.abs(made - np.array(expected)).max() <= 1
+
+
 @pytest.mark.parametrize(("brightest", "scale"), [(1.0, 255.0), (255.0, 1.0)])
 def test_floats_are_of_unit_range_or_of_bytes(brightest: float, scale: float) -> None:
     values = np.linspace(0, brightest, 64, dtype=np.float32).reshape(8, 8)

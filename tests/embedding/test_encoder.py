@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_bundle, write_pictures
+from tests.models.tiny import RESNET, VIT, clip_bundle
 from twotower.embedding import encoder as encoder_module
 from twotower.embedding.encoder import Encoder
 from twotower.settings import ConfigError
@@ -126,19 +127,59 @@ def test_dropout_is_off_and_batch_norm_reads_its_statistics(pictures: list[Path]
     assert tower.trunk[-2].num_batches_tracked == 0
 
 
-def test_bf16_is_near_fp32_and_leaves_the_bundle_alone(pictures: list[Path]) -> None:
-    bundle = tiny_bundle()
-    wide = Encoder(bundle, batch_size=BATCH).encode_images(pictures)
-    narrow = Encoder(bundle, precision=Precision.bf16, batch_size=BATCH).encode_images(pictures)
-    assert narrow.dtype == np.float32
-    cosines = (wide * narrow).sum(1)
-    assert (cosines > 0.999).all() and (cosines < 1 - 1e-9).any()
-    assert {parameter.dtype for parameter in bundle.model.parameters()} == {torch.float32}
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.bfloat16, 0.999), (torch.float16, 0.99999)], ids=["bf16", "fp16"]
+)
+def test_cast_weights_are_near_fp32_and_leave_the_bundle_alone(
+    dtype: torch.dtype, least: float, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_module, "multiplies_bf16", lambda: True)
+    # A CPU is refused fp16 for its slowness; the numbers are what a GPU gives, up to rounding.
+    monkeypatch.setitem(encoder_module.DTYPES, Precision.bf16, dtype)
+    for bundle in (tiny_bundle(), clip_bundle(VIT), clip_bundle(RESNET)):
+        wide = Encoder(bundle, batch_size=BATCH).encode_images(pictures)
+        narrow = Encoder(bundle, precision=Precision.bf16, batch_size=BATCH).encode_images(pictures)
+        assert narrow.dtype == np.float32
+        cosines = (wide * narrow).sum(1)
+        assert (cosines > least).all() and (cosines < 1 - 1e-9).any()
+        assert {parameter.dtype for parameter in bundle.model.parameters()} == {torch.float32}
+
+
+def test_bf16_on_a_cpu_that_lacks_the_instructions_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoder_module, "multiplies_bf16", lambda: False)
+    with pytest.raises(ConfigError, match="this processor cannot multiply bf16 .* precision fp32"):
+        Encoder(tiny_bundle(), precision=Precision.bf16)
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU; on a CPU take bf16 or fp32"):
         Encoder(tiny_bundle(), precision=Precision.fp16)
+
+
+def test_both_towers_are_compiled_after_a_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    bundle = clip_bundle(VIT)
+    found = Encoder(bundle, batch_size=BATCH, compiled=True)
+    model = bundle.model
+    assert compiled == [model.image_tower.trunk[1], model.text_tower.trunk]
+    assert "dim" in vars(found)  # else a batch of one text would be compiled for
+
+
+@pytest.mark.slow
+def test_compiled_towers_give_the_same_rows(
+    encoder: Encoder, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled = Encoder(tiny_bundle(), batch_size=BATCH, compiled=True)
+    texts = ["one", "two words", "three words here", "", "five"]
+    for one, other in (
+        (encoder.encode_images(pictures), compiled.encode_images(pictures)),
+        (encoder.encode_texts(texts), compiled.encode_texts(texts)),
+    ):
+        assert np.allclose(one, other, atol=1e-6)
 
 
 def test_load_takes_a_checkpoint_file(

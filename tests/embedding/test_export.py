@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from tests.embedding.parts import (
     BATCH,
@@ -35,6 +36,7 @@ from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.work import ExportJob, ExportResult
 from twotower.embedding.writer import StoreWriter
 from twotower.encode_config import EncodeConfig, Rows, StoreDtype
+from twotower.prefetch import AHEAD, PrefetchToDevice
 from twotower.settings import ConfigError, to_plain
 
 SETTINGS = EncodeConfig(shard_rows=SHARD_ROWS, batch_size=BATCH)
@@ -81,6 +83,35 @@ def test_workers_change_no_byte(checkpoint: Path, source: PairTable, tmp_path: P
     encode(checkpoint, source, tmp_path / "a")
     encode(checkpoint, source, tmp_path / "b", with_changes(num_workers=2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+class EarlyPipeline(PrefetchToDevice):
+    """On a CPU what CUDA does: results are handed out when later batches are begun."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.ahead = AHEAD
+
+
+def test_batches_that_are_on_their_way_change_no_byte(
+    checkpoint: Path, source: PairTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(checkpoint, source, tmp_path / "a", PAIRS)
+    monkeypatch.setattr(encoder, "PrefetchToDevice", EarlyPipeline)
+    encode(checkpoint, source, tmp_path / "b", PAIRS)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_compiling_stands_in_the_manifest(
+    checkpoint: Path, source: PairTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    encode(checkpoint, source, tmp_path / "a", with_changes(compile=True))
+    assert EmbeddingStore.open(tmp_path / "a").manifest.compiled
+    with pytest.raises(ConfigError, match="encode.compile is True there and False here"):
+        encode(checkpoint, source, tmp_path / "a")
+    with pytest.raises(ConfigError, match="so give encode.batch_size a number"):
+        with_changes(compile=True, batch_size="auto")
 
 
 def test_rows_are_what_the_model_gives_for_each_picture(

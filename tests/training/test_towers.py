@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from tests.helpers import tiny_bundle
 from tests.models.tiny import RESNET, VIT, bert_config, make_clip, write_bert
 from twotower.model_config import BatchNorm
+from twotower.models.compiled import compile_towers
 from twotower.models.dual_encoder import MODELS, DualEncoder
 from twotower.models.locking import apply_batch_norm_policy
 from twotower.settings import ConfigError
 from twotower.train_config import TrainConfig
 from twotower.training.loss import LOSSES, ClipLossConfig
 from twotower.training.stepper import Stepper
-from twotower.training.towers import compile_towers, enable_grad_checkpointing, encode_in_parts
+from twotower.training.towers import enable_grad_checkpointing, encode_in_parts
 
 CPU = torch.device("cpu")
 VARIANTS = ["openai_vit", "openai_resnet", "bert_resnet", "bert_vit", "bert_locked", "bert_lora"]
@@ -193,12 +194,13 @@ def test_what_is_compiled_is_compiled_in_place(bert, monkeypatch):
     for variant in ("openai_vit", "bert_resnet"):
         model = make(variant, bert)[0]
         names = list(model.state_dict())
-        compile_towers(model, CPU)
+        compile_towers(model, CPU, "train.compile")
         text = model.text_tower.trunk
         assert compiled[-2:] == [model.image_tower.trunk[1], getattr(text, "encoder", text)]
         assert list(model.state_dict()) == names
     towers = tiny_bundle(locked=True).model
-    compile_towers(DualEncoder(towers.image_tower.head, towers.text_tower.head), CPU)
+    heads = DualEncoder(towers.image_tower.head, towers.text_tower.head)
+    compile_towers(heads, CPU, "train.compile")
     assert compiled[-2:] == [towers.image_tower.head, towers.text_tower.head]
 
 
@@ -207,7 +209,7 @@ def test_what_compiling_lacks_is_said(monkeypatch, tmp_path):
 
     def sentence(device):
         with pytest.raises(ConfigError) as raised:
-            compile_towers(model, torch.device(device))
+            compile_towers(model, torch.device(device), "train.compile")
         return str(raised.value)
 
     with monkeypatch.context() as patched:
@@ -234,7 +236,7 @@ def test_compiled_encoders_give_the_same_gradients(bert, monkeypatch, tmp_path):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     tokens = bundle.tokenizer(["a dog", "the cat on the beach !", "a", "cats"])
     reference = copy.deepcopy(model)
-    compile_towers(model, CPU)
+    compile_towers(model, CPU, "train.compile")
     assert_close(step(model, images, tokens), step(reference, images, tokens))
     assert model.state_dict().keys() == reference.state_dict().keys()
     model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +10,16 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from twotower.data.heif import open_image, why_unknown
 from twotower.data.jpeg import decode_jpeg, is_jpeg
 from twotower.data.places import read_bytes
 from twotower.decoded import Decoded, ImageTransform
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Also what this installation may not decode: such a file is listed as unreadable, not left out.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif"),
+)
 
 
 class UnreadableImage(Exception):
@@ -37,12 +41,12 @@ def decode_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         data = source if isinstance(source, bytes) else read_bytes(source)
         if not data:
             raise UnreadableImage("the file is empty")
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return _upright_rgb(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage("not a picture") from error
+        raise UnreadableImage(why_unknown(data)) from error
     except Image.DecompressionBombError as error:
         raise UnreadableImage("too many pixels: it could be a decompression bomb") from error
     except Exception as error:  # damaged files leave Pillow's decoders by any exception there is
@@ -94,7 +98,7 @@ def stack_pictures(pictures: Sequence[Tensor]) -> Tensor:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return str(error).split(" <_io.")[0] or type(error).__name__
+    return str(error).split(" <_io.")[0].strip() or type(error).__name__
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -118,6 +122,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scale the pixels of wider modes, which Pillow's own conversion cuts off at 255."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
+    keyed = image.info.get("transparency")  # a value, which is not scaled with the others
     wide = image.convert("F")
     _, brightest = wide.getextrema()
     assert isinstance(brightest, float)
@@ -125,4 +130,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         scale = 255.0
     else:
         scale = 1 / 257 if image.mode != "F" and (image.mode != "I" or brightest > 255) else 1.0
-    return wide.point(lambda value: value * scale + 0.0).convert("L")
+    grey = wide.point(lambda value: value * scale + 0.0).convert("L")
+    grey.info.pop("transparency", None)
+    if keyed is not None:
+        grey.paste(255, mask=Image.fromarray(np.asarray(image) == keyed))
+    return grey

@@ -108,6 +108,7 @@ def _plan(
         shard_rows=encode.shard_rows,
         batch_size=encode.known_batch_size,
         precision=encode.precision.name,
+        compiled=encode.compile,
         device=resolve_device(distributed).type,
         checkpoint=os.path.abspath(checkpoint),
         checkpoint_sha256=file_sha256(checkpoint),

@@ -77,6 +77,7 @@ _IDENTITY = {
     "columns": "encode.metadata",
     "dtype": "encode.dtype",
     "precision": "encode.precision",
+    "compiled": "encode.compile",
     "batch_size": "encode.batch_size",
     "shard_rows": "encode.shard_rows",
 }
@@ -131,8 +132,8 @@ class Manifest:
         shard_rows: source rows a shard; batch_size: rows a forward pass; text_length: tokens a
             caption.
         precision, device, threads: what the towers computed in, where, with how many CPU threads a
-            process. With these, the grid of shards and the batch size, a rerun gives the same
-            bytes.
+            process; compiled: whether by torch.compile, which changes the last digits. With these,
+            the grid of shards and the batch size, a rerun gives the same bytes.
         model, config: the variant and its section; checkpoint, checkpoint_sha256: the file and its
             hash; preprocessing, tokenizer: how pictures and captions become the towers' inputs.
         source, source_fingerprint: the data's name and a hash over its paths, captions and columns.
@@ -157,6 +158,7 @@ class Manifest:
     batch_size: int = 0
     text_length: int = 0
     precision: str = "fp32"
+    compiled: bool = False
     device: str = "cpu"
     threads: int = 0
     model: str = ""

@@ -16,7 +16,7 @@ from twotower.distributed import is_main_process, rank, shard_range, world_size
 from twotower.embedding.claims import SECONDS_BETWEEN_LOOKS, Claims
 from twotower.embedding.clock import InputClock
 from twotower.embedding.encoder import Encoder
-from twotower.embedding.layout import FloatRows
+from twotower.embedding.layout import FloatArray, FloatRows
 from twotower.embedding.pictures import (
     FileState,
     PictureBatch,
@@ -128,7 +128,7 @@ class ShardEncoder:
             num_workers=self._config.num_workers,
             pin_memory=plan.device == "cuda",
         )
-        batches = self._clock.waiting(loader)
+        batches = self._encoder.encode_batches(self._clock.waiting(loader))
         for first in batches:
             others.mine.add(queue.claimed[0])
             rows = plan.shard_range(queue.claimed[0])
@@ -161,7 +161,7 @@ class ShardEncoder:
         queue.done(shard)
 
     def _image_rows(
-        self, batches: Iterator[PictureBatch], rows: range, line: ProgressLine
+        self, batches: Iterator[tuple[PictureBatch, FloatArray]], rows: range, line: ProgressLine
     ) -> tuple[FloatRows, dict[int, str], list[FileState]]:
         """The vectors (n, D) of a shard's pictures, why a source row has none, and the files."""
         plan = self._writer.plan
@@ -169,10 +169,9 @@ class ShardEncoder:
         reasons: dict[int, str] = {}
         files: list[FileState] = []
         for places in batches_of(rows, plan.batch_size):
-            batch = next(batches)
-            if batch.pixels is not None:
-                first = places.start - rows.start
-                vectors[first : first + len(places)] = self._encoder.encode_batch(batch)
+            batch, features = next(batches)
+            first = places.start - rows.start
+            vectors[first : first + len(places)] = features
             reasons.update({places[place]: reason for place, reason in batch.reasons.items()})
             files += batch.states
             line.advance(len(places), self._clock.note())
@@ -182,9 +181,10 @@ class ShardEncoder:
         """The vectors (n, D) of a shard's captions, also of unreadable pictures: none shifts."""
         plan = self._writer.plan
         vectors: FloatRows = np.zeros((len(slots.captions), plan.dim), plan.numpy_dtype)
-        for places in batches_of(range(len(slots.captions)), plan.batch_size):
-            features = self._encoder.encode_texts(slots.captions[places.start : places.stop])
-            vectors[places.start : places.stop] = features
+        first = 0
+        for features in self._encoder.iterate_texts(slots.captions):
+            vectors[first : first + len(features)] = features
+            first += len(features)
         return vectors
 
 

@@ -117,7 +117,8 @@ def run_export(job: ExportJob) -> ExportResult | None:
         ConfigError: as for `export`.
         Stopped: by Ctrl-C or SIGTERM.
     """
-    encoder = Encoder.load(job.checkpoint, resolve_device(job.distributed), job.encode.precision)
+    device, precision = resolve_device(job.distributed), job.encode.precision
+    encoder = Encoder.load(job.checkpoint, device, precision, compiled=job.encode.compile)
     writer, missing = on_main(_begin, job, encoder)
     plan = writer.plan
     encoder.batch_size = plan.batch_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from twotower.data.workers import plain_signals
 from twotower.decoded import ImageTransform
 from twotower.distributed import all_gather_objects, is_main_process, rank, shard_range, world_size
 from twotower.models.dual_encoder import DualEncoder
+from twotower.prefetch import PrefetchToDevice
 from twotower.settings import ConfigError
 from twotower.train_config import Precision
 
@@ -89,6 +91,47 @@ def _keep_readable(items: Sequence[Tensor | None]) -> tuple[Tensor | None, list[
     return (stack_pictures(readable) if readable else None), [item is not None for item in items]
 
 
+def readable_features(
+    forward: Callable[[Tensor], Tensor],
+    inputs: Dataset[Tensor | None],
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    precision: Precision,
+    line: ProgressLine,
+) -> tuple[Tensor, Tensor]:
+    """`forward` of the inputs that can be read, and which of them those are, (N,) bool.
+
+    The features are (n, F), on the CPU, in fp32; where nothing can be read, an empty vector.
+    """
+    loader: DataLoader[Tensor | None] = DataLoader(
+        inputs,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=plain_signals,
+        collate_fn=_keep_readable,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the model's random state must not depend on evaluations
+    )
+    pipeline = PrefetchToDevice(device)
+
+    def compute(batch: tuple[Tensor | None, list[bool]]) -> Tensor:
+        images, _ = batch
+        if images is None:
+            return torch.empty(0)
+        with autocast(device, precision):
+            return forward(pipeline.put(images)).float()
+
+    features = [torch.empty(0)]
+    readable: list[bool] = []
+    for (_, kept), encoded in pipeline.run(loader, compute):
+        readable += kept
+        features.append(encoded)
+        line.advance(len(kept))
+    return torch.cat(features), torch.tensor(readable, dtype=torch.bool)
+
+
 def progress_line(what: str, total: int, unit: str) -> ProgressLine:
     """A line in the log every ten seconds, of the first rank; no bar, since training has one."""
     return ProgressLine(what, total if is_main_process() else 0, unit, None)
@@ -111,26 +154,16 @@ def encode_images(
     The features are on the CPU, in fp32; where nothing can be read they are an empty vector.
     """
     own = shard_range(len(inputs), rank(), world_size())  # type: ignore[arg-type]
-    loader = DataLoader(
+    features, readable = readable_features(
+        partial(model.encode_image, normalize=True),
         Subset(inputs, own),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
-        worker_init_fn=plain_signals,
-        collate_fn=_keep_readable,
-        generator=torch.Generator(),  # the model's random state must not depend on evaluations
+        device=device,
+        precision=precision,
+        line=progress_line("encoding", len(own), "images"),
     )
-    features = [torch.empty(0)]
-    readable: list[bool] = []
-    line = progress_line("encoding", len(own), "images")
-    for images, kept in loader:
-        readable += kept
-        line.advance(len(kept))
-        if images is not None:
-            with autocast(device, precision):
-                encoded = model.encode_image(images.to(device, non_blocking=True), normalize=True)
-            features.append(encoded.float().cpu())
-    rows = own.start + torch.tensor(readable, dtype=torch.bool).nonzero()[:, 0]
-    return torch.cat(features), rows
+    return features, own.start + readable.nonzero()[:, 0]
 
 
 def encode_texts(

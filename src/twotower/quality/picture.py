@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from twotower.data.heif import open_image, why_unknown
 from twotower.data.images import UnreadableImage, decode_image
 from twotower.data.places import read_bytes, state_of
 from twotower.quality.jpeg import damage
@@ -105,7 +105,7 @@ def _header(data: bytes, limits: Limits, known: dict[str, Any]) -> int:
     if not data:
         raise _Fault("unreadable", "the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             width, height = image.size
             known.update(format=image.format or "", width=width, height=height, mode=image.mode)
             if width * height > limits.max_pixels:
@@ -120,7 +120,8 @@ def _header(data: bytes, limits: Limits, known: dict[str, Any]) -> int:
         count = f"{int(pixels[0]):,}" if pixels else "too many"
         raise _Fault("huge", f"{count} pixels: refused without decoding") from error
     except Exception as error:  # damaged headers leave Pillow by any exception there is
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = why_unknown(data) if unknown else str(error)
         raise _Fault("unreadable", reason or type(error).__name__) from error
 
 
@@ -189,7 +190,7 @@ def _jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
 
 
 def _classified(reason: str) -> tuple[str, str]:
-    cut = any(word in reason.lower() for word in ("truncated", "premature end"))
+    cut = any(word in reason.lower() for word in ("truncated", "premature end", "end of file"))
     return ("truncated" if cut else "unreadable"), reason
 
 

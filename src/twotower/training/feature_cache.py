@@ -12,17 +12,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from twotower.checkpoint.atomic import replacing
 from twotower.console import progress
-from twotower.data.images import stack_pictures
 from twotower.data.pairs import ImageTextDataset, PairTable, Sample, trim_padding
 from twotower.data.places import state_of
-from twotower.data.workers import plain_signals
 from twotower.decoded import Picture
 from twotower.distributed import broadcast_object, is_main_process, rank, shard_range, world_size
-from twotower.evaluation.features import PictureInputs, PictureViews, autocast, gathered
+from twotower.evaluation.features import (
+    PictureInputs,
+    PictureViews,
+    autocast,
+    gathered,
+    readable_features,
+)
 from twotower.models.dual_encoder import ModelBundle
 from twotower.settings import ConfigError
 from twotower.train_config import Pairing, TrainConfig
@@ -146,30 +150,21 @@ def image_features(
 
     def compute() -> dict[str, Tensor]:
         rows = shard_range(len(pairs), rank(), world_size())
-        loader = DataLoader(
-            Subset(pictures, rows),
-            batch_size=_batch_rows(device),
-            num_workers=config.num_workers,
-            worker_init_fn=plain_signals,
-            collate_fn=list,
-            generator=torch.Generator(),  # a cold cache must not move the model's random state
-        )
-        features = [torch.empty(0)]
-        readable: list[bool] = []
         what = "image features" if view is None else f"image features, view {view + 1}"
         with progress(what, len(rows), "images", is_main_process()) as bar:
-            for items in loader:
-                readable += [item is not None for item in items]
-                images = [item for item in items if item is not None]
-                if images:
-                    with autocast(device, config.precision):
-                        encoded = trunk(stack_pictures(images).to(device, non_blocking=True))
-                    features.append(encoded.float().cpu())
-                bar.advance(len(items))
-        kept = gathered(torch.tensor(readable, dtype=torch.bool))
+            features, readable = readable_features(
+                trunk,
+                Subset(pictures, rows),
+                batch_size=_batch_rows(device),
+                num_workers=config.num_workers,
+                device=device,
+                precision=config.precision,
+                line=bar,
+            )
+        kept = gathered(readable)
         if not kept.any():
             raise ConfigError(f"{pairs.name}: no picture can be read, for example {pairs.path(0)}")
-        return {"features": gathered(torch.cat(features)), "readable": kept}
+        return {"features": gathered(features), "readable": kept}
 
     kept = _kept(folder / f"images-{key}.safetensors", compute)
     unreadable = int((~kept["readable"]).sum())

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from twotower.distributed import all_gather_objects, average_over_ranks, world_size
 from twotower.model_config import BatchNorm
+from twotower.models.compiled import compile_towers
 from twotower.models.dual_encoder import DualEncoder, DualEncoderOutput
 from twotower.models.locking import apply_batch_norm_policy, running_statistics
 from twotower.settings import Diverged
@@ -27,7 +28,7 @@ from twotower.training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
-from twotower.training.towers import compile_towers, enable_grad_checkpointing, encode_in_parts
+from twotower.training.towers import enable_grad_checkpointing, encode_in_parts
 
 OPTIMIZER, AVERAGE = "optimizer.", "average."  # begin the names of tensors that a resume needs
 MOST_SKIPPED = 40  # steps in a row: the fp16 scale, 2**16 at first, is below 2**-23 by then
@@ -77,7 +78,7 @@ class Stepper:
         if config.grad_checkpointing:
             enable_grad_checkpointing(model)
         if config.compile:
-            compile_towers(model, device)
+            compile_towers(model, device, "train.compile")
         statistics = running_statistics(model)
         if device.type == "cpu" and (batch_norm is BatchNorm.frozen or not statistics):
             encode_in_parts(model)

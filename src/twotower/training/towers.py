@@ -1,15 +1,10 @@
-"""How the encoders compute: their activations again in the backward pass, or compiled."""
+"""How the encoders compute: their activations again in the backward pass, or by few pictures."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,24 +69,6 @@ def _in_parts(forward: Callable[[Tensor], Tensor], rows: int, images: Tensor) ->
     return torch.cat([forward(images[start : start + rows]) for start in starts])
 
 
-def compile_towers(model: DualEncoder, device: torch.device) -> None:
-    """Compile the encoders in place, so that the names of the weights stay.
-
-    The first steps take a minute or more. Call it last, before DDP.
-
-    Raises:
-        ConfigError: what torch.compile needs on this device is not installed.
-    """
-    missing = _missing_for_compile(device)
-    if missing:
-        raise ConfigError(f"train.compile needs {missing}, or use train.compile=false")
-    for _, tower in _towers(model):
-        encoder = bare_encoder(tower.trunk) if isinstance(tower, Tower) else tower
-        # Its pooling asks for the longest caption of a batch, which no graph can hold.
-        unit = encoder.encoder if isinstance(encoder, HuggingFaceText) else encoder
-        unit.compile()
-
-
 def _towers(model: DualEncoder) -> Iterator[tuple[str, nn.Module]]:
     yield "image", model.image_tower
     yield "text", model.text_tower
@@ -140,17 +117,3 @@ def _count_once(norm: _BatchNorm) -> None:
             norm.num_batches_tracked.sub_(1)
 
     norm.register_forward_pre_hook(before)
-
-
-def _missing_for_compile(device: torch.device) -> str:
-    """What is to be installed, as a clause; empty when all is there."""
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "triton; install it (pip install triton)"
-        compilers = [os.environ.get("CC", "gcc"), "clang"]
-    else:
-        compilers = [os.environ.get("CXX", "g++")]
-    if not any(shutil.which(compiler) for compiler in compilers) or not headers.is_file():
-        return "a C++ compiler and Python's headers; install them (Debian: g++ and python3-dev)"
-    return ""
