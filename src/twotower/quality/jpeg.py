@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-START_OF_SCAN = 0xDA
+from twotower.data.jpeg import START_OF_SCAN, segments
+
 # In compressed data FF stands before 00, before a restart, or before the marker that ends it.
 END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 RESERVED = range(0x01, 0xC0)  # no encoder writes these
@@ -31,13 +32,4 @@ def damage(data: bytes) -> str:
 
 def _scan(data: bytes) -> int | None:
     """Where the compressed data begins; None where the segments before it make no sense."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        if data[place + 1] == 0xFF:  # fill
-            place += 1
-            continue
-        after = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if data[place + 1] == START_OF_SCAN:
-            return after
-        place = after
-    return None
+    return next((end for marker, end in segments(data) if marker == START_OF_SCAN), None)
