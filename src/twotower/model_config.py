@@ -34,9 +34,9 @@ class ModelConfig(Choice):
     )
     flip: bool = setting(False, "mirror every second training picture")
     exact: bool = setting(
-        True,
-        "decode JPEGs in full, for the pixels of OpenAI's transform; false decodes large ones to "
-        "at least twice the tower's input, which is quicker and a few levels off",
+        False,
+        "decode JPEGs in full, for the pixels of OpenAI's transform; else large ones to at least "
+        "twice the tower's input, which is quicker",
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
@@ -178,8 +179,8 @@ def test_a_local_file_brings_its_own_constants(
     for path in (safe, pth):
         bundle = build(bert_config(bert, image_weights=str(path), image_size=0))
         norm, trunk = bundle.model.image_tower.trunk
-        assert norm.mean.flatten().tolist() == pytest.approx(CONSTANTS["mean"])
-        assert norm.std.flatten().tolist() == pytest.approx(CONSTANTS["std"])
+        assert norm.mean == pytest.approx(tuple(CONSTANTS["mean"]))
+        assert norm.std == pytest.approx(tuple(CONSTANTS["std"]))
         assert bundle.eval_transform.size == 48
         assert bundle.eval_transform.interpolation.name == "bilinear"
         for name, tensor in trunk.state_dict().items():
@@ -188,12 +189,21 @@ def test_a_local_file_brings_its_own_constants(
         bert, image_weights=str(safe), image_size=40, image_mean=[0.5] * 3, image_std=[1.0] * 3
     )
     norm = build(config).model.image_tower.trunk[0]
-    assert norm.mean.flatten().tolist() == [0.5] * 3 and norm.std.flatten().tolist() == [1.0] * 3
+    assert norm.mean == (0.5,) * 3 and norm.std == (1.0,) * 3
     bare = tmp_path / "bare.safetensors"
     save_file(weights, bare)
     norm = build(bert_config(bert, image_weights=str(bare))).model.image_tower.trunk[0]
     default = timm.create_model("test_resnet").pretrained_cfg["mean"]
-    assert norm.mean.flatten().tolist() == pytest.approx(default)
+    assert norm.mean == pytest.approx(tuple(default))
+
+
+def test_training_pictures_may_be_smaller(bert: Path) -> None:
+    bundle = build(bert_config(bert, image_size=64, train_image_size=40))
+    picture = Image.new("RGB", (90, 70))
+    assert bundle.eval_transform(picture).shape == (3, 64, 64)
+    train = bundle.train_transform(picture)
+    assert train.shape == (3, 40, 40)
+    assert bundle.model.encode_image(train[None], normalize=True).shape[0] == 1
 
 
 def test_image_weights_that_do_not_fit_get_a_sentence(
@@ -254,6 +264,10 @@ def test_settings_that_do_not_fit_get_a_sentence(bert: Path) -> None:
         ({"text_unlocked_stages": 5}, "model.text_unlocked_stages is 5, but .* has 4 stages"),
         ({"batch_norm": BatchNorm.frozen}, "model.batch_norm=frozen keeps running statistics"),
         ({"image_mean": [0.5]}, "model.image_mean must be three numbers"),
+        (
+            {"image_encoder": "test_vit", "image_size": 64, "train_image_size": 40},
+            "model.train_image_size: this image encoder cannot take 40 pixels",
+        ),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             build(bert_config(bert, **fields))

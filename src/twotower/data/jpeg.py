@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,10 @@ Pixels = npt.NDArray[np.uint8]
 
 # Coloured or grey; four inks are left to Pillow, which knows Adobe's inverted ones.
 _SPACES = ("YCbCr", "RGB", "Gray")
-# What a file that asks to be turned must hold, in EXIF or in XMP.
-_TURNED = (b"Exif\x00\x00", b"tiff:Orientation")
 _ORIENTATION = 0x0112
+# Markers (ITU T.81, annex B): the compressed data begins; EXIF or XMP, which may ask for a turn.
+START_OF_SCAN = 0xDA
+_APP1 = 0xE1
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -38,6 +40,8 @@ def decode_jpeg(data: bytes, side: int = 0) -> Decoded | None:
         if space not in _SPACES or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         turn = _orientation(data)
+        if turn != 1 and (height % 8 or width % 8):
+            side = 0  # a last row or column that is part of one must stay the last
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side)
     except ValueError:  # also for damage that Pillow overlooks: it decides
         return None
@@ -45,9 +49,24 @@ def decode_jpeg(data: bytes, side: int = 0) -> Decoded | None:
     return Decoded(pixels, (width, height) if turn >= 5 else (height, width))
 
 
+def segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """The marker of each segment before the compressed data, and where the segment ends.
+
+    Ends early where the segments make no sense; START_OF_SCAN is the last otherwise.
+    """
+    place, marker = 2, 0
+    while marker != START_OF_SCAN and place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill
+            place += 1
+            continue
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        yield marker, place
+
+
 def _orientation(data: bytes) -> int:
     """1 to 8, as EXIF numbers them; 1 is upright."""
-    if not any(mark in data for mark in _TURNED):
+    if all(marker != _APP1 for marker, _ in segments(data)):
         return 1
     try:
         found = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)

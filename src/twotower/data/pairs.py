@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from twotower.config import DataConfig
-from twotower.data.images import UnreadableImage, transformed
+from twotower.data.images import UnreadableImage, stack_pictures, transformed
 from twotower.data.table import SCHEMA, Pair, PairTable
 from twotower.decoded import ImageTransform
 from twotower.registry import Registry
@@ -185,7 +185,7 @@ class Collate:
         images, captions, image_ids, unreadable = zip(*samples, strict=True)
         tokens = self.tokenizer(captions)
         return Batch(
-            torch.stack(images),
+            stack_pictures(images),
             tokens if self.pad_id is None else trim_padding(tokens, self.pad_id),
             torch.tensor([image_ids, [caption_number(text) for text in captions]]).T,
             tuple(dict.fromkeys(chain.from_iterable(unreadable))),

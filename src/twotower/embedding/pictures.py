@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from twotower.data.images import UnreadableImage, transformed
+from twotower.data.images import UnreadableImage, stack_pictures, transformed
 from twotower.data.pairs import PairTable
 from twotower.data.places import read_place, state_of
 from twotower.data.workers import plain_signals
@@ -106,7 +106,7 @@ def collate_pictures(pictures: Sequence[Tensor | str]) -> PictureBatch:
     if first is None:
         return PictureBatch(None, reasons)
     blank = torch.zeros_like(first)
-    pixels = torch.stack([blank if isinstance(read, str) else read for read in pictures])
+    pixels = stack_pictures([blank if isinstance(read, str) else read for read in pictures])
     return PictureBatch(pixels, reasons)
 
 

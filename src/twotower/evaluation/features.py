@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from twotower.config import EvaluateConfig
 from twotower.console import ProgressLine
-from twotower.data.images import UnreadableImage, transformed
+from twotower.data.images import UnreadableImage, stack_pictures, transformed
 from twotower.data.pairs import PairTable, own_random_numbers
 from twotower.data.workers import plain_signals
 from twotower.decoded import ImageTransform
@@ -88,7 +88,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _keep_readable(items: Sequence[Tensor | None]) -> tuple[Tensor | None, list[bool]]:
     readable = [item for item in items if item is not None]
-    return (torch.stack(readable) if readable else None), [item is not None for item in items]
+    return (stack_pictures(readable) if readable else None), [item is not None for item in items]
 
 
 def readable_features(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twotower.checkpoint.foreign import read_json
 from twotower.config import DataConfig
-from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.images import UnreadableImage, decode_image, stack_pictures
 from twotower.data.pairs import DATASETS, load_pairs
 from twotower.models.dual_encoder import DualEncoder, ModelBundle, Tokenizer
 from twotower.runs import NOTE
@@ -58,7 +58,7 @@ def make_probe(bundle: ModelBundle, checkpoint: Path) -> Probe:
 
         paths = [get_sample_data(name, asfileobj=False) for name in PACKAGED]
         pictures = [decode_image(path) for path in paths]
-    prepared = torch.stack([bundle.eval_transform(picture) for picture in pictures])
+    prepared = stack_pictures([bundle.eval_transform(picture) for picture in pictures])
     return Probe(prepared, [*CAPTIONS, *captions])
 
 

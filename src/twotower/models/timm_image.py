@@ -68,7 +68,7 @@ def load_trunk(name: str, weights: str) -> tuple[nn.Module, ImageInput]:
     return trunk, _image_input({**constants, **found})
 
 
-def resize_input(trunk: nn.Module, size: int, key: str = "model.image_size") -> int:
+def resize_input(trunk: nn.Module, size: int) -> int:
     """Set a trunk up for pictures of `size` pixels and return the width of its features.
 
     Vision transformers resample their position embeddings; convolutions take any size.
@@ -76,20 +76,35 @@ def resize_input(trunk: nn.Module, size: int, key: str = "model.image_size") -> 
     Raises:
         ConfigError: the trunk cannot take that size.
     """
-    try:
-        if hasattr(trunk, "set_input_size"):
+    if hasattr(trunk, "set_input_size"):
+        try:
             trunk.set_input_size(img_size=(size, size))  # type: ignore[operator]
-        was_training = trunk.training
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise _cannot_take("model.image_size", size, error) from error
+    return feature_width(trunk, size, "model.image_size")
+
+
+def feature_width(trunk: nn.Module, size: int, key: str) -> int:
+    """The width of a trunk's features of pictures of `size` pixels.
+
+    Raises:
+        ConfigError: the trunk does not take that size, which `key` gave, as it is set up.
+    """
+    was_training = trunk.training
+    try:
         with torch.no_grad():
             features = trunk.eval()(torch.zeros(1, 3, size, size))
-        trunk.train(was_training)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"{key}: this image encoder cannot take {size} pixels: {error}".splitlines()[0]
-        ) from error
+        raise _cannot_take(key, size, error) from error
+    trunk.train(was_training)
     if features.ndim != 2:
         raise ConfigError("model.image_encoder gives no single vector a picture; choose another")
     return int(features.shape[1])
+
+
+def _cannot_take(key: str, size: int, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return ConfigError(f"{key}: this image encoder cannot take {size} pixels: {reason}")
 
 
 def stages(trunk: nn.Module) -> list[list[nn.Parameter]]:

@@ -186,7 +186,8 @@ def caption_features(
     # Captions of like length side by side, so that trimming the padding pays.
     unique = sorted(set(captions), key=lambda text: (len(text), text))
     length = bundle.tokenizer.context_length
-    key = fingerprint("captions", trunk, config.precision, bundle.assets, length, unique)
+    assets = {name: text for name, text in bundle.assets.items() if name != "image_input"}
+    key = fingerprint("captions", trunk, config.precision, assets, length, unique)
 
     def compute() -> dict[str, Tensor]:
         rows = shard_range(len(unique), rank(), world_size())
