@@ -27,7 +27,7 @@ SECONDS, MEGABYTES = 0.5, 100.0
 def make(folder: Path, rows: int, dim: int, first: int) -> None:
     """Write a finished store of random unit vectors, a shard after the other."""
     from twotower.embedding.layout import STATE_SCHEMA, Manifest
-    from twotower.embedding.writer import StoreWriter
+    from twotower.embedding.writer import ShardRows, StoreWriter
 
     mark = hashlib.sha256(str(folder).encode()).hexdigest()
     plan = Manifest(
@@ -59,7 +59,8 @@ def make(folder: Path, rows: int, dim: int, first: int) -> None:
             [pa.array(names, pa.large_string()), ids, ones, ones, ones, empty, empty, empty],
             schema=STATE_SCHEMA,
         )
-        writer.commit(shard, vectors.astype(np.float16), None, metadata, states, [])
+        half = vectors.astype(np.float16)
+        writer.commit(shard, ShardRows(half, None, metadata, states, errors=[]))
     writer.finish()
 
 

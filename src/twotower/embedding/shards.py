@@ -24,7 +24,7 @@ from twotower.embedding.pictures import (
     picture_batches,
 )
 from twotower.embedding.rows import RowGrid, Slots
-from twotower.embedding.writer import InputError, StoreWriter
+from twotower.embedding.writer import InputError, ShardRows, StoreWriter
 from twotower.encode_config import EncodeConfig
 
 log = logging.getLogger(__name__)
@@ -149,14 +149,17 @@ class ShardEncoder:
         slots = self._grid.slots(rows)
         texts = self._text_rows(slots) if plan.texts else None
         keep = ~np.isin(slots.source_rows, np.array(sorted(reasons), np.int64))
-        self._writer.commit(
-            shard,
-            None if images is None else images[slots.source_rows[keep] - rows.start],
-            None if texts is None else texts[keep],
-            self._grid.metadata(slots, keep, extra=plan.columns),
-            self._grid.states(rows, files, reasons),
-            [InputError(row, str(self._pairs.path(row)), reasons[row]) for row in sorted(reasons)],
+        errors = [
+            InputError(row, str(self._pairs.path(row)), reasons[row]) for row in sorted(reasons)
+        ]
+        found = ShardRows(
+            images=None if images is None else images[slots.source_rows[keep] - rows.start],
+            texts=None if texts is None else texts[keep],
+            metadata=self._grid.metadata(slots, keep, extra=plan.columns),
+            states=self._grid.states(rows, files, reasons),
+            errors=errors,
         )
+        self._writer.commit(shard, found)
         queue.claimed.popleft()
         queue.done(shard)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -66,7 +67,7 @@ def pairs_to_encode(
     return load_manifest(ManifestConfig(manifest=path, caption_column=caption), bare=True)
 
 
-def _keys_of_tars(encode: EncodeConfig | None) -> dict[str, str]:
+def _keys_of_tars(encode: EncodeConfig | None) -> dict[str, Any]:
     """What is said of tars beyond the defaults."""
     names = ("image_key", "caption_key", "cache") if encode else ()
     return {name: getattr(encode, name) for name in names if getattr(encode, name)}
@@ -76,7 +77,7 @@ def _names_tars(path: str) -> bool:
     return all(is_remote(one) or one.strip().lower().endswith(TARS) for one in path.split("::"))
 
 
-def _tars(path: str, keys: dict[str, str]) -> PairTable:
+def _tars(path: str, keys: dict[str, Any]) -> PairTable:
     try:
         return load_webdataset(WebdatasetConfig(tars=path, val_fraction=0, **keys))
     except ConfigError as error:
@@ -84,7 +85,7 @@ def _tars(path: str, keys: dict[str, str]) -> PairTable:
         raise ConfigError(re.sub(r"\bdata\.(?=image_key|cache\b)", "encode.", words)) from error
 
 
-def _folder(folder: Path, keys: dict[str, str]) -> PairTable:
+def _folder(folder: Path, keys: dict[str, Any]) -> PairTable:
     files = [str(file) for file in list_pictures(folder)]
     if files:
         pairs = (Pair(file, None, "", file) for file in files)

@@ -52,6 +52,16 @@ class InputError(NamedTuple):
     reason: str
 
 
+class ShardRows(NamedTuple):
+    """What a shard will hold: vectors (n, D), metadata, the images' states, unreadable inputs."""
+
+    images: FloatRows | None
+    texts: FloatRows | None
+    metadata: pa.Table
+    states: pa.Table
+    errors: Sequence[InputError]
+
+
 @dataclass(frozen=True)
 class StoreWriter:
     """A store in the making: `folder` and the plan that every shard follows.
@@ -173,18 +183,8 @@ class StoreWriter:
             self._record(shard.shard), {"shard": dataclasses.asdict(shard), "errors": errors}
         )
 
-    def commit(
-        self,
-        shard: int,
-        images: FloatRows | None,
-        texts: FloatRows | None,
-        metadata: pa.Table,
-        states: pa.Table,
-        errors: Sequence[InputError],
-    ) -> None:
-        """Write a shard: vectors (n, D), metadata, the images' states and the unreadable inputs.
-
-        Its record comes last.
+    def commit(self, shard: int, rows: ShardRows) -> None:
+        """Write a shard; its record comes last.
 
         Another process that was faster with the same shard has written the same; then, nothing is
         done.
@@ -195,7 +195,7 @@ class StoreWriter:
         if self.is_recorded(shard) or self.is_over():
             return
         try:
-            self._write(shard, images, texts, metadata, states, errors)
+            self._write(shard, rows)
         except ConfigError:
             if not self.is_recorded(shard) and not self.is_over():
                 raise
@@ -203,39 +203,31 @@ class StoreWriter:
             for kind in (DONE, STATES):
                 shutil.rmtree(self.folder / kind, ignore_errors=True)
 
-    def _write(
-        self,
-        shard: int,
-        images: FloatRows | None,
-        texts: FloatRows | None,
-        metadata: pa.Table,
-        states: pa.Table,
-        errors: Sequence[InputError],
-    ) -> None:
+    def _write(self, shard: int, rows: ShardRows) -> None:
         files: dict[str, dict[str, int | str]] = {}
-        for kind, rows in ((IMAGES, images), (TEXTS, texts)):
-            if rows is None:
+        for kind, vectors in ((IMAGES, rows.images), (TEXTS, rows.texts)):
+            if vectors is None:
                 continue
-            assert len(rows) == metadata.num_rows
+            assert len(vectors) == rows.metadata.num_rows
             name = self.plan.path(kind, shard)
             with replacing(self.folder / name) as temporary, temporary.open("wb") as file:
-                np.save(file, rows)
+                np.save(file, vectors)
             files[name] = described_file(self.folder / name)
         name = self.plan.path(METADATA, shard)
         with replacing(self.folder / name) as temporary:
-            pq.write_table(metadata, temporary, row_group_size=ROWS_PER_GROUP)
+            pq.write_table(rows.metadata, temporary, row_group_size=ROWS_PER_GROUP)
         files[name] = described_file(self.folder / name)
-        self._write_states(shard, states)
+        self._write_states(shard, rows.states)
         source_rows = self.plan.shard_range(shard)
         record = Shard(
             shard=shard,
             first_source_row=source_rows.start,
             source_rows=len(source_rows),
-            rows=metadata.num_rows,
-            errors=len(errors),
+            rows=rows.metadata.num_rows,
+            errors=len(rows.errors),
             files=files,
         )
-        self._write_record(record, errors)
+        self._write_record(record, rows.errors)
 
     def finish(self) -> Manifest:
         """Write the errors and, last, the finished manifest, which takes the records over.
