@@ -113,7 +113,7 @@ def test_each_mistake_has_its_sentence(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
     assert "no class folders; move them into one a class" in refusal(tmp_path)
     touch(tmp_path, "ape/a.jpg", "bee/a.jpg")
-    words = "data.templates must be openai80, simple7 or a file; photo: no such file"
+    words = "data.templates must be a text with {} in it, openai80, simple7 or a file; photo: no"
     assert refusal(tmp_path, templates="photo").startswith(words)
     (tmp_path / "n.txt").write_text("cat\ttabby\n")
     assert "names none of the classes" in refusal(tmp_path, names=str(tmp_path / "n.txt"))

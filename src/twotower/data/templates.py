@@ -14,7 +14,7 @@ PLACE = "{}"
 PUBLISHED = ("openai80", "simple7")
 
 
-def load_templates(name: str, setting: str = "zeroshot.templates") -> list[str]:
+def load_templates(name: str, what: str = "zeroshot.templates must be") -> list[str]:
     """The templates `openai80` or `simple7` (Radford et al. 2021), or those of a file, one a line.
 
     Raises:
@@ -29,7 +29,7 @@ def load_templates(name: str, setting: str = "zeroshot.templates") -> list[str]:
             else open_clip.SIMPLE_IMAGENET_TEMPLATES
         )
         return [template(PLACE) for template in published]
-    lines = numbered_lines(Path(name), f"{setting} must be openai80, simple7 or a file")
+    lines = numbered_lines(Path(name), f"{what} openai80, simple7 or a file")
     for number, line in lines:
         if PLACE not in line:
             raise ConfigError(
@@ -45,7 +45,9 @@ def text_or_templates(setting: str) -> list[str]:
     Raises:
         ConfigError: as `load_templates`.
     """
-    return [setting] if PLACE in setting else load_templates(setting, "data.templates")
+    if PLACE in setting:
+        return [setting]
+    return load_templates(setting, "data.templates must be a text with {} in it,")
 
 
 def templated(words: Sequence[str], templates: Sequence[str]) -> pa.ListArray:
