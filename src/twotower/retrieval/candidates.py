@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from twotower.retrieval.index import IdArray
-
-Float64Array = npt.NDArray[np.float64]
+from twotower.config import Metric
+from twotower.retrieval.certificate import Float64Array
+from twotower.retrieval.index import IdArray, divisors
+from twotower.retrieval.rows import Rows
 
 FEW_QUERIES = 8  # up to here BLAS is up to three times as fast with the rows on the left
 GROUP = 64  # scores behind one maximum: the threshold is compared with maxima, not with scores
@@ -42,6 +43,13 @@ class Candidates(NamedTuple):
     def join(cls, parts: list[Candidates]) -> Candidates:
         """All of several blocks."""
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+class Best(NamedTuple):
+    """The best candidates of each query, best first, with exact bounds, and their scores (n,)."""
+
+    found: Candidates
+    scores: Float64Array
 
 
 def rank_in_query(query: IdArray) -> IdArray:
@@ -97,3 +105,19 @@ def keep_possible(found: Candidates, k: int) -> Candidates:
     threshold = np.full(int(found.query[-1]) + 1, -np.inf)
     threshold[found.query[kth]] = found.lower[kth]
     return found.select(found.upper >= threshold[found.query])
+
+
+def rerank(rows: Rows, found: Candidates, queries: Float64Array, k: int) -> Best:
+    """The best k of each query's candidates, with exact bounds, and their scores.
+
+    Ranked by the score rounded as fp32 rounds it, then by id: scores that the user sees as
+    equal stand in order of id.
+    """
+    found = keep_possible(found, k)
+    scores = rows.scores(queries, found.query, found.position)
+    cosine = rows.metric is Metric.cosine
+    unit = scores if cosine else scores / divisors(queries)[found.query]
+    ids = rows.ids.array[found.position]
+    order = np.lexsort((ids, -round_to_24_bits(scores), found.query))
+    order = order[rank_in_query(found.query[order]) < k]
+    return Best(found._replace(lower=unit, upper=unit).select(order), scores[order])
