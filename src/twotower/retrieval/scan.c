@@ -20,6 +20,10 @@
 #define TILE 6
 #define MAX_THREADS 256
 #define GROUP_BYTES (256 * 1024) /* panels that stay in L2 while all queries pass over them */
+#ifndef STREAMS
+#define STREAMS 4 /* places that one query reads from at once: one alone leaves bandwidth unused */
+#endif
+#define STREAM_BYTES (8 * 1024 * 1024)
 
 enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
 
@@ -71,6 +75,8 @@ typedef struct { /* one query in one thread */
 
 typedef void (*dots_function)(const uint8_t *, const uint8_t *, const int32_t *const *, int64_t,
                               int32_t (*)[PANEL]);
+typedef void (*streams_function)(const uint8_t *const *, const int32_t *, int64_t,
+                                 int32_t (*)[PANEL]);
 typedef int (*bounds_function)(const int32_t *, const tt_shard *, int64_t, float, float, float,
                                int32_t, float *, float *);
 typedef double (*product_function)(const double *, const void *, int64_t, int64_t, double *);
@@ -84,9 +90,10 @@ typedef struct {
     query_state *const *all; /* states of each thread */
     int64_t num_threads, collected, reranked;
     dots_function dots[TILE + 1];
+    streams_function streams;
     bounds_function bounds;
     product_function product;
-    int failed;
+    int failed, flips; /* flips: dots are of p, not of p + 128 */
 } worker;
 
 /* ---- integer dot products of a panel with a few queries ------------------------------------- */
@@ -178,6 +185,25 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
             _mm512_storeu_si512(out[query] + part * 16, sums[query][part]);
 }
 ALL_DOTS(vnni_dots, ON_VNNI)
+
+/* One query, and a panel from each of several places. */
+ON_VNNI static void vnni_streams(const uint8_t *const *panels, const int32_t *query, int64_t words,
+                                 int32_t (*out)[PANEL]) {
+    __m512i sums[STREAMS][4];
+    for (int stream = 0; stream < STREAMS; stream++)
+        for (int part = 0; part < 4; part++) sums[stream][part] = _mm512_setzero_si512();
+    for (int64_t word = 0; word < words; word++) {
+        const __m512i code = _mm512_set1_epi32(query[word]);
+        for (int stream = 0; stream < STREAMS; stream++)
+            for (int part = 0; part < 4; part++)
+                sums[stream][part] = _mm512_dpbusd_epi32(
+                    sums[stream][part],
+                    _mm512_loadu_si512(panels[stream] + word * (4 * PANEL) + part * 64), code);
+    }
+    for (int stream = 0; stream < STREAMS; stream++)
+        for (int part = 0; part < 4; part++)
+            _mm512_storeu_si512(out[stream] + part * 16, sums[stream][part]);
+}
 #endif
 
 #if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
@@ -531,7 +557,7 @@ static void scan_group(worker *self, const tt_shard *shard, int64_t first, int64
         for (int64_t panel = first; panel < last; panel++) {
             const uint8_t *here = shard->codes + panel * bytes;
             /* The first tile brings the group from memory; the others find it in the cache. */
-            const uint8_t *ahead = tile || panel + 2 >= shard->panels ? 0 : here + 2 * bytes;
+            const uint8_t *ahead = tile || panel + 1 >= shard->panels ? 0 : here + bytes;
             self->dots[width](here, ahead, codes, job->words, dots);
             for (int query = 0; query < width; query++) {
                 const query_state *state = self->states + from + query;
@@ -544,12 +570,48 @@ static void scan_group(worker *self, const tt_shard *shard, int64_t first, int64
     }
 }
 
+/* The same for one query: its time is that of reading the codes. */
+static void scan_streams(worker *self, const tt_shard *shard, int64_t first, int64_t last) {
+    const tt_job *job = self->job;
+    const int64_t bytes = job->words * 4 * PANEL, share = (last - first) / STREAMS;
+    int32_t dots[STREAMS][PANEL] __attribute__((aligned(64)));
+    float upper[PANEL] __attribute__((aligned(64))), lower[PANEL] __attribute__((aligned(64)));
+    query_state *state = self->states;
+    for (int64_t step = 0; step < share; step++) {
+        const uint8_t *panels[STREAMS];
+        for (int stream = 0; stream < STREAMS; stream++)
+            panels[stream] = shard->codes + (first + stream * share + step) * bytes;
+        self->streams(panels, (const int32_t *)job->query_codes, job->words, dots);
+        const float others = unordered(atomic_load_explicit(self->shared, memory_order_relaxed));
+        if (others > state->threshold) state->threshold = others;
+        for (int stream = 0; stream < STREAMS; stream++) {
+            const int64_t panel = first + stream * share + step;
+            if (self->bounds(dots[stream], shard, panel, job->query_scale[0], job->query_error[0],
+                             state->threshold, state->correction, upper, lower))
+                collect(self, 0, shard->first + panel * PANEL, upper, lower);
+        }
+    }
+    if (first + STREAMS * share < last) scan_group(self, shard, first + STREAMS * share, last);
+}
+
+static int64_t group_size(const worker *self) {
+    const tt_job *job = self->job;
+    const int64_t bytes = job->words * 4 * PANEL;
+    int64_t panels = 0, wanted = GROUP_BYTES;
+    if (self->streams && job->num_queries == 1) { /* large, but eight shares a thread at least */
+        for (int64_t i = 0; i < job->num_shards; i++) panels += job->shards[i].panels;
+        const int64_t fair = panels * bytes / (8 * self->num_threads);
+        wanted = fair < STREAM_BYTES ? fair : STREAM_BYTES;
+    } else if (job->num_queries <= TILE) {
+        wanted = 4 * GROUP_BYTES;
+    }
+    return wanted > bytes ? wanted / bytes : 1;
+}
+
 static void *scan(void *argument) {
     worker *self = argument;
     const tt_job *job = self->job;
-    const int64_t bytes = job->words * 4 * PANEL;
-    int64_t group = GROUP_BYTES / bytes > 1 ? GROUP_BYTES / bytes : 1;
-    if (job->num_queries <= TILE) group *= 4;
+    const int64_t group = group_size(self);
     for (;;) {
         int64_t mine = atomic_fetch_add(self->next, 1) * group;
         int64_t shard = 0;
@@ -561,7 +623,11 @@ static void *scan(void *argument) {
         }
         if (shard == job->num_shards || self->failed) return 0;
         const int64_t panels = job->shards[shard].panels;
-        scan_group(self, job->shards + shard, mine, mine + group < panels ? mine + group : panels);
+        const int64_t last = mine + group < panels ? mine + group : panels;
+        if (self->streams && job->num_queries == 1)
+            scan_streams(self, job->shards + shard, mine, last);
+        else
+            scan_group(self, job->shards + shard, mine, last);
     }
 }
 
@@ -638,6 +704,7 @@ static void choose(worker *self, int64_t level) {
     self->product = plain_product;
 #if defined(ON_AVX2)
     static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
+    self->flips = level == AVX2;
     if (level >= AVX2) {
         dots = avx2;
         self->bounds = avx2_bounds;
@@ -645,10 +712,12 @@ static void choose(worker *self, int64_t level) {
     }
     if (level >= AVX512_VNNI) {
         dots = vnni;
+        self->streams = vnni_streams;
         self->bounds = vnni_bounds;
     }
 #elif defined(ON_DOT)
     static const dots_function neon[] = TABLE_OF(neon_dots);
+    self->flips = level >= NEON_DOT;
     if (level >= NEON_DOT) dots = neon;
 #endif
     (void)level;
@@ -664,9 +733,7 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
         const int8_t *code = job->query_codes + query * job->words * 4;
         int32_t sum = 0;
         for (int64_t i = 0; i < job->words * 4; i++) sum += code[i];
-        /* avx2 and neon turn p + 128 into p themselves. */
-        const int flips = self->dots[1] != plain_dots_1 && job->level == 1;
-        state->correction = flips ? 0 : 128 * sum;
+        state->correction = self->flips ? 0 : 128 * sum;
         state->threshold = -FLT_MAX;
         state->room = room;
         state->heap = malloc(sizeof(float) * (size_t)job->k);
