@@ -15,45 +15,54 @@
 
 WIDE static uint64_t read_wide(const char *from, int64_t bytes) {
     const int64_t share = bytes / STREAMS / 256 * 256;
-    __m512i sums[STREAMS];
-    for (int i = 0; i < STREAMS; i++) sums[i] = _mm512_setzero_si512();
-    for (int64_t at = 0; at < share; at += 256)
-        for (int i = 0; i < STREAMS; i++)
-            for (int line = 0; line < 4; line++)
-                sums[i] = _mm512_xor_si512(
-                    sums[i], _mm512_loadu_si512(from + i * share + at + 64 * line));
-    for (int i = 1; i < STREAMS; i++) sums[0] = _mm512_xor_si512(sums[0], sums[i]);
-    return (uint64_t)_mm512_reduce_add_epi64(sums[0]);
+    __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0, s3 = s0;
+    for (int64_t at = 0; at < share; at += 256) {
+#define READ(i) \
+    s##i = _mm512_xor_si512(s##i, _mm512_loadu_si512(from + i * share + at)); \
+    s##i = _mm512_xor_si512(s##i, _mm512_loadu_si512(from + i * share + at + 64)); \
+    s##i = _mm512_xor_si512(s##i, _mm512_loadu_si512(from + i * share + at + 128)); \
+    s##i = _mm512_xor_si512(s##i, _mm512_loadu_si512(from + i * share + at + 192));
+        READ(0) READ(1) READ(2) READ(3)
+    }
+    s0 = _mm512_xor_si512(_mm512_xor_si512(s0, s1), _mm512_xor_si512(s2, s3));
+    return (uint64_t)_mm512_reduce_add_epi64(s0);
 }
 
+/* Sums have names: compilers keep arrays of them in memory. */
+#define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
+
 WIDE static uint64_t multiply_wide(int64_t steps) {
-    __m512i sums[24];
     const __m512i one = _mm512_set1_epi8(3), other = _mm512_set1_epi8(5);
-    for (int i = 0; i < 24; i++) sums[i] = _mm512_set1_epi32(i);
+#define WIDE_SUM(i) __m512i s##i = _mm512_set1_epi32(i);
+    EACH(WIDE_SUM)
     for (int64_t step = 0; step < steps; step++) {
-#pragma GCC unroll 24
-        for (int i = 0; i < 24; i++) {
-            sums[i] = _mm512_dpbusd_epi32(sums[i], one, other);
-            __asm__ volatile("" : "+v"(sums[i]));
-        }
+#define WIDE_STEP(i) s##i = _mm512_dpbusd_epi32(s##i, one, other);
+        EACH(WIDE_STEP) EACH(WIDE_STEP)
     }
-    for (int i = 1; i < 24; i++) sums[0] = _mm512_xor_si512(sums[0], sums[i]);
-    return (uint64_t)_mm512_reduce_add_epi64(sums[0]);
+#define WIDE_FOLD(i) sum += (uint64_t)_mm512_reduce_add_epi64(s##i);
+    uint64_t sum = 0;
+    EACH(WIDE_FOLD)
+    return sum;
 }
 
 NARROW static uint64_t multiply_narrow(int64_t steps) {
-    __m256i sums[8];
     __m256i one = _mm256_set1_epi8(3);
     const __m256i other = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < 8; i++) sums[i] = _mm256_set1_epi32(i);
-    for (int64_t step = 0; step < steps; step++)
-        for (int i = 0; i < 8; i++) {
-            __asm__ volatile("" : "+x"(one));
-            const __m256i pairs = _mm256_maddubs_epi16(one, other);
-            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
-        }
-    for (int i = 1; i < 8; i++) sums[0] = _mm256_xor_si256(sums[0], sums[i]);
-    return (uint64_t)_mm256_extract_epi64(sums[0], 0);
+#define NARROW_SUM(i) __m256i s##i = _mm256_set1_epi32(i);
+    NARROW_SUM(0) NARROW_SUM(1) NARROW_SUM(2) NARROW_SUM(3)
+    NARROW_SUM(4) NARROW_SUM(5) NARROW_SUM(6) NARROW_SUM(7)
+    for (int64_t step = 0; step < steps; step++) {
+#define NARROW_STEP(i) \
+    __asm__ volatile("" : "+x"(one)); \
+    s##i = _mm256_add_epi32(s##i, _mm256_madd_epi16(_mm256_maddubs_epi16(one, other), ones));
+        NARROW_STEP(0) NARROW_STEP(1) NARROW_STEP(2) NARROW_STEP(3)
+        NARROW_STEP(4) NARROW_STEP(5) NARROW_STEP(6) NARROW_STEP(7)
+    }
+    uint64_t sum = 0;
+#define NARROW_FOLD(i) sum += (uint64_t)_mm256_extract_epi64(s##i, 0);
+    NARROW_FOLD(0) NARROW_FOLD(1) NARROW_FOLD(2) NARROW_FOLD(3)
+    NARROW_FOLD(4) NARROW_FOLD(5) NARROW_FOLD(6) NARROW_FOLD(7)
+    return sum;
 }
 #endif
 

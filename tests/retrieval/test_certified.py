@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
 from twotower.config import Metric
-from twotower.retrieval import native, tiers
+from twotower.retrieval import native, tiers, torch_scan
 from twotower.retrieval.certificate import CodedRows, Frame
 from twotower.retrieval.certified_scan import NativeScan
 from twotower.retrieval.codes import CodeStore
@@ -28,7 +29,7 @@ KINDS = (
 )
 LENGTHS = {"denormal": (-40, -39), "tiny": (-44, 1), "huge": (-10, 36)}
 LEVELS = range(native.level() + 1)
-TIERS = [*(f"native {level}" for level in LEVELS), "reference"]
+TIERS = [*(f"native {level}" for level in LEVELS), "torch", "reference"]
 
 
 def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFloatArray:
@@ -79,11 +80,17 @@ def assert_same(one: SearchResult, other: SearchResult) -> None:
     np.testing.assert_array_equal(one.scores, other.scores)
 
 
+class Case(NamedTuple):
+    rows: AnyFloatArray
+    queries: AnyFloatArray
+    k: int
+    metric: Metric
+    seed: int
+
+
 @st.composite
-def searches(
-    draw: st.DrawFn, largest: int = 3000
-) -> tuple[AnyFloatArray, AnyFloatArray, int, Metric, int]:
-    """Rows, queries, k, metric, seed; the work of brute force is bounded."""
+def searches(draw: st.DrawFn, largest: int = 3000) -> Case:
+    """A search; the work of brute force is bounded."""
     dim = draw(st.sampled_from([1, 2, 3, 7, 8, 63, 64, 65, 100, 512, 1000, 4096]))
     count = draw(st.sampled_from([1, 2, 63, 64, 65, 200, 1023, 1025, largest]))
     count = min(count, 4_000_000 // dim)
@@ -96,14 +103,28 @@ def searches(
     if draw(st.booleans()) and len(queries):
         queries[::2] = rows[rng.integers(0, count, len(queries[::2]))]
     k = draw(st.sampled_from([1, 2, 10, 100, count // 5 or 1, count]))
-    return rows, queries, min(k, count), draw(st.sampled_from(list(Metric))), seed
+    return Case(rows, queries, min(k, count), draw(st.sampled_from(list(Metric))), seed)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def thorough(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@thorough(25)
 @given(searches())
-def test_every_tier_finds_what_brute_force_finds(
-    case: tuple[AnyFloatArray, AnyFloatArray, int, Metric, int],
-) -> None:
+def test_every_tier_finds_what_brute_force_finds(case: Case) -> None:
+    check_every_tier(case)
+
+
+@pytest.mark.slow
+@thorough(200)
+@given(searches(largest=20_000))
+def test_every_tier_finds_what_brute_force_finds_among_many(case: Case) -> None:
+    check_every_tier(case)
+
+
+def check_every_tier(case: Case) -> None:
+    """Before and after rows are deleted, and once they are back, with several threads."""
     rows, queries, k, metric, seed = case
     rng = np.random.default_rng(seed)
     count, dim = rows.shape
@@ -142,10 +163,10 @@ def test_every_tier_finds_what_brute_force_finds(
 @pytest.mark.parametrize("kind", ["clip", "duplicated", "integers", "constant"])
 def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
     rng = np.random.default_rng(1)
-    rows, queries = rows_of(kind, 5000, 24, rng), rows_of(kind, 21, 24, rng)
+    rows, queries = rows_of(kind, 2500, 24, rng), rows_of(kind, 9, 24, rng)
     index = make(tier, 24)
     index.add(rows)
-    want = brute_force(unit_rows(rows), np.arange(5000), queries, 15, Metric.cosine)
+    want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
     for count in (1, 2, 5):
         with threads(count):
             assert_same(index.search(queries, 15), want)
@@ -229,11 +250,18 @@ def test_a_missing_library_means_another_tier(monkeypatch: pytest.MonkeyPatch) -
     assert tiers.choose_tier(Tier.auto) is Tier.native
     assert tiers.describe().startswith(f"tier 1, C: {native.level_name(native.level())}")
     monkeypatch.setattr(native, "library", lambda: None)
-    assert tiers.choose_tier(Tier.auto) is not Tier.native
-    assert "the C extension was not built" in tiers.describe()
+    monkeypatch.setattr(torch_scan, "probe", lambda: torch_scan.Probe(True, True))
+    assert tiers.choose_tier(Tier.auto) is Tier.torch
+    assert tiers.describe().startswith("tier 2, int8 in torch; the C extension was not built")
     rows = rows_of("random", 300, 8, np.random.default_rng(0))
     index = ExactIndex(ExactConfig(), 8)
     index.add(rows)
     assert index.search(rows, 1).ids[:, 0].tolist() == list(range(300))
+    monkeypatch.setattr(torch_scan, "probe", lambda: torch_scan.Probe(False, False))
+    assert tiers.choose_tier(Tier.auto) is Tier.reference
+    assert tiers.describe().startswith("tier 3, fp32 in torch; the C extension was not built")
+    assert make("auto", 8)._scan is None
+    with pytest.raises(ConfigError, match="index.tier=torch does not run here.*index.tier=auto"):
+        ExactIndex(ExactConfig(tier=Tier.torch), 8)
     with pytest.raises(ConfigError, match="index.tier=native does not run here.*index.tier=auto"):
         ExactIndex(ExactConfig(tier=Tier.native), 8)

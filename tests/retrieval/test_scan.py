@@ -17,7 +17,16 @@ CHECK = Path(__file__).with_name("scan_check.c")
 )
 def test_no_sanitizer_has_a_complaint(sanitizers: str, tmp_path: Path) -> None:
     program = tmp_path / "check"
-    flags = ["-std=c11", "-O1", "-g", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-std=c11",
+        "-O1",
+        "-g",
+        "-ffp-contract=off",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     subprocess.run(["cc", *flags, *checks, "-o", program, CHECK, "-lm"], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

@@ -73,6 +73,14 @@ def round_to_24_bits(values: Float64Array) -> Float64Array:
     return rounded
 
 
+def group_size(n: int, k: int) -> int:
+    """Of how many of n scores one maximum is to be taken, so that there are several times k."""
+    per_group = 1
+    while n % (2 * per_group) == 0 and per_group < GROUP and n // (2 * per_group) >= 4 * k:
+        per_group *= 2
+    return per_group
+
+
 def above_threshold(
     scores: Tensor, best: Tensor, slack: float, k: int
 ) -> tuple[Candidates, Tensor]:
@@ -82,9 +90,7 @@ def above_threshold(
     classes), and maxima give a tight threshold only if the best rows are in different groups.
     """
     num_queries, n = scores.shape
-    per_group = 1
-    while n % (2 * per_group) == 0 and per_group < GROUP and n // (2 * per_group) >= 4 * k:
-        per_group *= 2
+    per_group = group_size(n, k)
     groups = scores.view(num_queries, per_group, n // per_group)
     peaks = groups.amax(1)  # (Q, g)
     best = torch.cat([best, peaks - slack], 1).topk(k, sorted=False).values
@@ -114,9 +120,18 @@ def rerank(rows: Rows, found: Candidates, queries: Float64Array, k: int) -> Best
     equal stand in order of id.
     """
     found = keep_possible(found, k)
-    scores = rows.scores(queries, found.query, found.position)
-    cosine = rows.metric is Metric.cosine
-    unit = scores if cosine else scores / divisors(queries)[found.query]
+    norms = np.ones(len(queries)) if rows.metric is Metric.cosine else divisors(queries)
+    # The k with the best lower bounds are most often the answer; few others can beat their scores.
+    likely = rank_in_query(found.query) < k
+    head, tail = found.select(likely), found.select(~likely)
+    scores = rows.scores(queries, head.query, head.position)
+    if len(tail.query):
+        worst = np.full(len(queries), np.inf)
+        np.minimum.at(worst, head.query, scores / norms[head.query])
+        tail = tail.select(tail.upper >= worst[tail.query])
+        scores = np.concatenate([scores, rows.scores(queries, tail.query, tail.position)])
+    found = Candidates.join([head, tail])
+    unit = scores / norms[found.query]
     ids = rows.ids.array[found.position]
     order = np.lexsort((ids, -round_to_24_bits(scores), found.query))
     order = order[rank_in_query(found.query[order]) < k]

@@ -20,9 +20,7 @@
 #define TILE 6
 #define MAX_THREADS 256
 #define GROUP_BYTES (256 * 1024) /* panels that stay in L2 while all queries pass over them */
-#ifndef STREAMS
 #define STREAMS 4 /* places that one query reads from at once: one alone leaves bandwidth unused */
-#endif
 #define STREAM_BYTES (8 * 1024 * 1024)
 
 enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
@@ -130,79 +128,106 @@ ALL_DOTS(plain_dots, )
 #define ON_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define ON_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
 
-ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
+/* Sums have names, and loops over them are written out: compilers keep arrays of them in memory. */
+#define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5)
+
+ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
     const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
     const int width, int32_t (*out)[PANEL]) {
     const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     for (int quarter = 0; quarter < 4; quarter++) {
-        __m256i sums[TILE][2];
-        for (int query = 0; query < width; query++)
-            sums[query][0] = sums[query][1] = _mm256_setzero_si256();
+        __m256i a0 = _mm256_setzero_si256(), b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0;
         for (int64_t word = 0; word < words; word++) {
-            const __m256i *p = (const __m256i *)(panel + word * (4 * PANEL) + quarter * 64);
-            if (ahead) _mm_prefetch((const char *)ahead + word * (4 * PANEL) + quarter * 64, _MM_HINT_T1);
+            const int64_t at = word * (4 * PANEL) + quarter * 64;
+            const __m256i *p = (const __m256i *)(panel + at);
+            if (ahead) _mm_prefetch((const char *)ahead + at, _MM_HINT_T1);
             /* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
             const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip);
             const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip);
-            const __m256i a0 = _mm256_abs_epi8(p0), a1 = _mm256_abs_epi8(p1);
-            for (int query = 0; query < width; query++) {
-                const __m256i code = _mm256_set1_epi32(queries[query][word]);
-                const __m256i m0 = _mm256_maddubs_epi16(a0, _mm256_sign_epi8(code, p0));
-                const __m256i m1 = _mm256_maddubs_epi16(a1, _mm256_sign_epi8(code, p1));
-                sums[query][0] = _mm256_add_epi32(sums[query][0], _mm256_madd_epi16(m0, ones));
-                sums[query][1] = _mm256_add_epi32(sums[query][1], _mm256_madd_epi16(m1, ones));
-            }
-        }
-        for (int query = 0; query < width; query++) {
-            _mm256_storeu_si256((__m256i *)(out[query] + quarter * 16), sums[query][0]);
-            _mm256_storeu_si256((__m256i *)(out[query] + quarter * 16 + 8), sums[query][1]);
-        }
+            const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1);
+#define AVX2_STEP(q) \
+    if (width > q) { \
+        const __m256i code = _mm256_set1_epi32(queries[q][word]); \
+        const __m256i c0 = _mm256_maddubs_epi16(m0, _mm256_sign_epi8(code, p0)); \
+        const __m256i c1 = _mm256_maddubs_epi16(m1, _mm256_sign_epi8(code, p1)); \
+        a##q = _mm256_add_epi32(a##q, _mm256_madd_epi16(c0, ones)); \
+        b##q = _mm256_add_epi32(b##q, _mm256_madd_epi16(c1, ones)); \
     }
+            AVX2_STEP(0) AVX2_STEP(1) AVX2_STEP(2)
+        }
+#define AVX2_STORE(q) \
+    if (width > q) { \
+        _mm256_storeu_si256((__m256i *)(out[q] + quarter * 16), a##q); \
+        _mm256_storeu_si256((__m256i *)(out[q] + quarter * 16 + 8), b##q); \
+    }
+        AVX2_STORE(0) AVX2_STORE(1) AVX2_STORE(2)
+    }
+}
+
+ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
+    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
+    const int width, int32_t (*out)[PANEL]) {
+    avx2_few(panel, ahead, queries, words, width < 3 ? width : 3, out); /* what 16 registers hold */
+    if (width > 3) avx2_few(panel, 0, queries + 3, words, width - 3, out + 3);
 }
 ALL_DOTS(avx2_dots, ON_AVX2)
 
 ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
     const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
     const int width, int32_t (*out)[PANEL]) {
-    __m512i sums[TILE][4];
-    for (int query = 0; query < width; query++)
-        for (int part = 0; part < 4; part++) sums[query][part] = _mm512_setzero_si512();
+    const __m512i zero = _mm512_setzero_si512();
+#define VNNI_SUMS(q) __m512i a##q = zero, b##q = zero, c##q = zero, d##q = zero;
+    EACH(VNNI_SUMS)
     for (int64_t word = 0; word < words; word++) {
         const uint8_t *p = panel + word * (4 * PANEL);
-        __m512i rows[4];
-        for (int part = 0; part < 4; part++) rows[part] = _mm512_loadu_si512(p + part * 64);
-        if (ahead)
-            for (int part = 0; part < 4; part++)
-                _mm_prefetch((const char *)ahead + word * (4 * PANEL) + part * 64, _MM_HINT_T1);
-        for (int query = 0; query < width; query++) {
-            const __m512i code = _mm512_set1_epi32(queries[query][word]);
-            for (int part = 0; part < 4; part++)
-                sums[query][part] = _mm512_dpbusd_epi32(sums[query][part], rows[part], code);
+        const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
+        const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
+        if (ahead) {
+            const char *next = (const char *)ahead + word * (4 * PANEL);
+            _mm_prefetch(next, _MM_HINT_T1);
+            _mm_prefetch(next + 64, _MM_HINT_T1);
+            _mm_prefetch(next + 128, _MM_HINT_T1);
+            _mm_prefetch(next + 192, _MM_HINT_T1);
         }
+#define VNNI_STEP(q) \
+    if (width > q) { \
+        const __m512i code = _mm512_set1_epi32(queries[q][word]); \
+        a##q = _mm512_dpbusd_epi32(a##q, p0, code); \
+        b##q = _mm512_dpbusd_epi32(b##q, p1, code); \
+        c##q = _mm512_dpbusd_epi32(c##q, p2, code); \
+        d##q = _mm512_dpbusd_epi32(d##q, p3, code); \
     }
-    for (int query = 0; query < width; query++)
-        for (int part = 0; part < 4; part++)
-            _mm512_storeu_si512(out[query] + part * 16, sums[query][part]);
+        EACH(VNNI_STEP)
+    }
+#define VNNI_STORE(q) \
+    if (width > q) { \
+        _mm512_storeu_si512(out[q], a##q); \
+        _mm512_storeu_si512(out[q] + 16, b##q); \
+        _mm512_storeu_si512(out[q] + 32, c##q); \
+        _mm512_storeu_si512(out[q] + 48, d##q); \
+    }
+    EACH(VNNI_STORE)
 }
 ALL_DOTS(vnni_dots, ON_VNNI)
 
-/* One query, and a panel from each of several places. */
+/* One query, and a panel from each of four places. */
 ON_VNNI static void vnni_streams(const uint8_t *const *panels, const int32_t *query, int64_t words,
                                  int32_t (*out)[PANEL]) {
-    __m512i sums[STREAMS][4];
-    for (int stream = 0; stream < STREAMS; stream++)
-        for (int part = 0; part < 4; part++) sums[stream][part] = _mm512_setzero_si512();
+    const __m512i zero = _mm512_setzero_si512();
+    const uint8_t *from0 = panels[0], *from1 = panels[1], *from2 = panels[2], *from3 = panels[3];
+    VNNI_SUMS(0) VNNI_SUMS(1) VNNI_SUMS(2) VNNI_SUMS(3)
     for (int64_t word = 0; word < words; word++) {
         const __m512i code = _mm512_set1_epi32(query[word]);
-        for (int stream = 0; stream < STREAMS; stream++)
-            for (int part = 0; part < 4; part++)
-                sums[stream][part] = _mm512_dpbusd_epi32(
-                    sums[stream][part],
-                    _mm512_loadu_si512(panels[stream] + word * (4 * PANEL) + part * 64), code);
+        const int64_t at = word * (4 * PANEL);
+#define VNNI_STREAM(q) \
+    a##q = _mm512_dpbusd_epi32(a##q, _mm512_loadu_si512(from##q + at), code); \
+    b##q = _mm512_dpbusd_epi32(b##q, _mm512_loadu_si512(from##q + at + 64), code); \
+    c##q = _mm512_dpbusd_epi32(c##q, _mm512_loadu_si512(from##q + at + 128), code); \
+    d##q = _mm512_dpbusd_epi32(d##q, _mm512_loadu_si512(from##q + at + 192), code);
+        VNNI_STREAM(0) VNNI_STREAM(1) VNNI_STREAM(2) VNNI_STREAM(3)
     }
-    for (int stream = 0; stream < STREAMS; stream++)
-        for (int part = 0; part < 4; part++)
-            _mm512_storeu_si512(out[stream] + part * 16, sums[stream][part]);
+    const int width = STREAMS;
+    VNNI_STORE(0) VNNI_STORE(1) VNNI_STORE(2) VNNI_STORE(3)
 }
 #endif
 

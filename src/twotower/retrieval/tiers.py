@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 from typing import Protocol
 
-from twotower.retrieval import native
+from twotower.retrieval import native, torch_scan
 from twotower.retrieval.candidates import Best
 from twotower.retrieval.certificate import Float64Array
 from twotower.retrieval.certified_scan import NativeScan
 from twotower.retrieval.index import AnyFloatArray, IdArray
 from twotower.retrieval.rows import Rows
+from twotower.retrieval.torch_scan import TorchScan
 from twotower.settings import ConfigError
 
 
@@ -51,12 +52,17 @@ def choose_tier(asked: Tier) -> Tier:
     """
     if asked is Tier.native and native.library() is None:
         raise ConfigError(f"index.tier=native does not run here: {NO_LIBRARY}; use index.tier=auto")
+    if asked is Tier.torch and not torch_scan.probe().right:
+        raise ConfigError(f"index.tier=torch does not run here: {NO_PRODUCT}; use index.tier=auto")
     if asked is not Tier.auto:
         return asked
-    return Tier.native if native.library() else Tier.reference
+    if native.library():
+        return Tier.native
+    return Tier.torch if torch_scan.probe().faster else Tier.reference
 
 
 NO_LIBRARY = "the C extension was not built, for want of a compiler perhaps"
+NO_PRODUCT = "torch's int8 product is missing or slower than fp32"
 
 
 def make_scan(asked: Tier, rows: Rows) -> Scan | None:
@@ -66,11 +72,15 @@ def make_scan(asked: Tier, rows: Rows) -> Scan | None:
         ConfigError: as `choose_tier` does.
     """
     tier = choose_tier(asked)
-    return NativeScan(rows) if tier is Tier.native else None
+    if tier is Tier.native:
+        return NativeScan(rows)
+    return TorchScan(rows) if tier is Tier.torch else None
 
 
 def describe() -> str:
     """The tier of `index=exact` on this machine and why, for `twotower info`."""
     if native.library():
         return f"tier 1, C: {native.level_name(native.level())}"
-    return f"tier 3, fp32 in torch; {NO_LIBRARY}"
+    if torch_scan.probe().faster:
+        return f"tier 2, int8 in torch; {NO_LIBRARY}"
+    return f"tier 3, fp32 in torch; {NO_LIBRARY}; {NO_PRODUCT}"
