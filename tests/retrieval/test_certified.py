@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -229,6 +230,36 @@ def test_memory_is_what_is_asked_for(memory: RowMemory) -> None:
     queries = rng.standard_normal((9, 64)).astype(np.float32)
     want = brute_force(rows, np.arange(4096), queries, 20, Metric.cosine)
     assert_same(index.search(queries, 20), want)
+
+
+@pytest.mark.parametrize("memory", list(RowMemory))
+@pytest.mark.parametrize("tier", TIERS[-3:])
+def test_a_loaded_index_has_the_codes_that_were_written(
+    tier: str, memory: RowMemory, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    rows, queries = rng.standard_normal((2, 700, 24)).astype(np.float32)
+    index = make(tier, 24, memory=memory)
+    index.add(rows[:600])
+    index.delete(np.arange(3, 500, 7))
+    index.write(tmp_path / "index")
+    loaded = make(tier, 24, memory=memory)
+    loaded.read(tmp_path / "index")
+    other = make("reference" if "reference" not in tier else TIERS[0], 24, memory=memory)
+    other.read(tmp_path / "index")  # a file without codes gets them; codes are not needed
+    mapped = [isinstance(part.rows, np.memmap) for part in loaded._rows.parts]
+    assert mapped == [memory is RowMemory.stored]
+    for each in (loaded, other):
+        assert len(each) == len(index)
+        assert_same(each.search(queries[:40], 20), index.search(queries[:40], 20))
+    if loaded._scan and index._scan:
+        alive = index._rows.ids.array >= 0
+        for name, parts in loaded._scan.coded.arrays(alive[alive]).items():
+            kept = index._scan.coded.arrays(alive)[name]
+            np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(kept))
+        loaded.add(rows[600:])
+        index.add(rows[600:], np.arange(600, 700))
+        assert_same(loaded.search(queries[:9], 5), index.search(queries[:9], 5))
 
 
 def test_few_rows_are_scored_exactly() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from twotower.config import Metric
 from twotower.retrieval import native
+from twotower.retrieval.arrays import WRITE_ROWS, Array
 from twotower.retrieval.candidates import Best, Candidates
-from twotower.retrieval.certificate import Float64Array, Frame
+from twotower.retrieval.certificate import CodedRows, Float64Array, Frame
 from twotower.retrieval.codes import CodeStore
 from twotower.retrieval.index import AnyFloatArray, IdArray, divisors
 from twotower.retrieval.rows import Rows
@@ -33,6 +37,36 @@ class Coded:
         self.store.reserve(len(rows))
         for _, coded in self.frame.code_rows(rows):
             self.store.append(coded)
+
+    def arrays(self, alive: npt.NDArray[np.bool_]) -> dict[str, list[Array]]:
+        """Codes and frame as a file holds them, of the rows (N,) that are alive."""
+        if self.frame is None:
+            return {}
+        parts = []
+        for start in range(0, len(alive), WRITE_ROWS):
+            here = alive[start : start + WRITE_ROWS]
+            parts.append((start, start + len(here), here))
+        columns = [self.store.rows(start, stop) for start, stop, _ in parts]
+        made: dict[str, list[Array]] = {
+            "centre": [self.frame.centre.astype(np.float32)],
+            "order": [self.frame.order],
+            **{f"rotation.{i:03d}": [block] for i, block in enumerate(self.frame.blocks)},
+        }
+        for name in CodedRows._fields:
+            made[name] = [
+                getattr(column, name)[here]
+                for column, (_, _, here) in zip(columns, parts, strict=True)
+            ]
+        return made
+
+    def take(self, arrays: Mapping[str, Array]) -> None:
+        """Take over what `arrays` gave."""
+        blocks = [np.array(arrays[name]) for name in sorted(arrays) if name.startswith("rotation.")]
+        self.frame = Frame.of_parts(np.array(arrays["centre"]), np.array(arrays["order"]), blocks)
+        rows = CodedRows(*(arrays[name] for name in CodedRows._fields))
+        self.store.reserve(len(rows.scale))
+        for start in range(0, len(rows.scale), WRITE_ROWS):
+            self.store.append(rows.part(start, start + WRITE_ROWS))
 
     def queries(self, queries: Float64Array) -> native.CodedQueries:
         """Queries (Q, dim), none of them zero, with their codes."""

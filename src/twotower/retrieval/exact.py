@@ -7,14 +7,14 @@ eight bits with bounds, in C or with torch, or fp32 scores with the bound of the
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 
 from twotower.config import IndexConfig, Metric
+from twotower.retrieval.arrays import Array, map_arrays, write_arrays
 from twotower.retrieval.candidates import rank_in_query
 from twotower.retrieval.certificate import Float64Array
 from twotower.retrieval.index import (
@@ -160,23 +160,36 @@ class ExactIndex:
         return scores, ties
 
     def write(self, file: Path) -> None:
-        """Write rows and ids, of those not deleted, to a safetensors file."""
-        ids, tensors = self._rows.ids.array, {}
+        """Write rows, ids and codes, of rows that are not deleted, to a safetensors file.
+
+        Rows are copied a few at a time: there may be more than memory holds.
+        """
+        ids = self._rows.ids.array
+        alive = ids >= 0
+        arrays: dict[str, Sequence[Array]] = {"ids": [ids[alive]]}
         for number, part in enumerate(self._rows.parts):
-            dead = self._rows.ids.deleted(part.start, part.start + len(part.rows))
-            rows = part.tensor if not len(dead) else torch.from_numpy(np.delete(part.rows, dead, 0))
-            tensors[f"rows.{number:06d}"] = rows
-        save_file({"ids": torch.from_numpy(ids[ids >= 0]), **tensors}, file)
+            here = alive[part.start : part.start + len(part.rows)]
+            whole = bool(here.all())
+            arrays[f"rows.{number:06d}"] = [part.rows if whole else part.rows[here]]
+        if self._scan:
+            arrays.update(self._scan.coded.arrays(alive))
+        write_arrays(file, arrays)
 
     def read(self, file: Path) -> None:
-        """Take over rows and ids of a file that `write` wrote."""
-        tensors = load_file(file)
-        ids = tensors.pop("ids").numpy()
-        for name in sorted(tensors):
-            rows = tensors[name].numpy()
+        """Take over what `write` wrote; rows stay in the file where the config says `stored`."""
+        arrays = map_arrays(file)
+        ids = np.array(arrays["ids"])
+        stored = self.config.memory is RowMemory.stored
+        for name in sorted(name for name in arrays if name.startswith("rows.")):
+            rows = arrays[name] if stored else np.array(arrays[name])
             self._rows.append(rows, ids[self._rows.size :][: len(rows)])
-            if self._scan:
-                self._scan.append(rows)
+        if not self._scan:
+            return
+        if "codes" in arrays:
+            self._scan.coded.take(arrays)
+            return
+        for part in self._rows.parts:  # written where there were no codes
+            self._scan.append(part.rows)
 
 
 @INDEXES.register("exact", ExactConfig)

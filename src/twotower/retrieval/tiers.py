@@ -8,7 +8,7 @@ from typing import Protocol
 from twotower.retrieval import native, torch_scan
 from twotower.retrieval.candidates import Best
 from twotower.retrieval.certificate import Float64Array
-from twotower.retrieval.certified_scan import NativeScan
+from twotower.retrieval.certified_scan import Coded, NativeScan
 from twotower.retrieval.index import AnyFloatArray, IdArray
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.torch_scan import TorchScan
@@ -26,6 +26,10 @@ class Tier(enum.Enum):
 
 class Scan(Protocol):
     """A scan that keeps something of its own beside the rows."""
+
+    @property
+    def coded(self) -> Coded:
+        """The rows' codes."""
 
     @property
     def nbytes(self) -> int:
