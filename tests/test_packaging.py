@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import shutil
 import subprocess
 import sys
@@ -22,20 +23,58 @@ def setup_cfg() -> configparser.ConfigParser:
     return parser
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names in a wheel that is built from the files a clone would have."""
-    folder = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """A wheel that is built from the files a clone would have."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "_scan*")
     for name in ("src", "conf"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     build = "from setuptools import build_meta; build_meta.build_wheel('out')"
-    done = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", build],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "out").glob("twotower-*.whl")
-    return zipfile.ZipFile(path).namelist()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names in a wheel."""
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"))).namelist()
+
+
+def test_without_a_compiler_the_wheel_installs_and_searches(tmp_path: Path) -> None:
+    path = build_wheel(tmp_path, CC="no-such-compiler")
+    with zipfile.ZipFile(path) as wheel:
+        assert not [name for name in wheel.namelist() if "/_scan." in name]
+        wheel.extractall(tmp_path / "site")
+    search = """
+import numpy, twotower
+from twotower.retrieval import INDEXES, tiers
+from twotower.retrieval.exact import ExactConfig
+index = INDEXES.build(ExactConfig(), 8)
+rows = numpy.random.default_rng(0).standard_normal((500, 8))
+index.add(rows)
+assert (index.search(rows, 1).ids[:, 0] == numpy.arange(500)).all()
+print(twotower.__file__, tiers.describe(), sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", search],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    place, tier = done.stdout.splitlines()
+    assert place == str(tmp_path / "site" / "twotower" / "__init__.py")
+    assert tier.startswith(("tier 2", "tier 3")) and "the C extension was not built" in tier
 
 
 def test_packages_are_those_under_src(setup_cfg: configparser.ConfigParser) -> None:
@@ -58,7 +97,10 @@ def test_wheel_holds_every_source_and_every_config(wheel: list[str]) -> None:
     nested = "twotower/conf/hydra/job_logging/twotower.yaml"
     assert nested in config
     expected = {*source, *config, "twotower/conf/__init__.py", "twotower/py.typed"}
-    assert {name for name in wheel if name.startswith("twotower/")} == expected
+    held = {name for name in wheel if name.startswith("twotower/")}
+    (compiled,) = held - expected
+    assert compiled.startswith("twotower/retrieval/_scan.")
+    assert expected < held
 
 
 def test_extras_are_those_of_the_scripts_and_the_readme(

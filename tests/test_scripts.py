@@ -48,8 +48,9 @@ def root(tmp_path: Path) -> Path:
         (root / folder).mkdir(parents=True)
     for folder in ("scripts", ".ci"):
         shutil.copytree(ROOT / folder, root / folder)
-    for name in ("setup.cfg", "pyproject.toml"):
-        shutil.copy(ROOT / name, root)
+    (root / "src" / "twotower" / "retrieval").mkdir(parents=True)
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "src/twotower/retrieval/scan.c"):
+        shutil.copy(ROOT / name, root / name)
     program(root / "tools" / "python3", PYTHON)
     return root
 

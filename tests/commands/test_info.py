@@ -12,6 +12,7 @@ from twotower.commands.info import run
 from twotower.config import Config, DataConfig, FreeText, IndexConfig, RunConfig
 from twotower.machine import describe, table
 from twotower.model_config import ModelConfig
+from twotower.retrieval import tiers
 from twotower.train_config import LossConfig
 
 
@@ -31,7 +32,8 @@ def test_prints_the_table_of_its_models_folder(
     printed = capsys.readouterr().out.splitlines()
     expected = table(describe(tmp_path)).splitlines()
     # Memory and disk change between the two calls.
-    assert len(printed) == len(expected)
+    assert len(printed) == len(expected) + 1
+    assert f"exact search    {tiers.describe()}" in printed
     assert set(expected) - set(printed) <= {
         line for line in expected if line.startswith(("memory", "disk"))
     }

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
 from twotower.config import Metric
-from twotower.retrieval import exact
+from twotower.retrieval import reference_scan
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, IdArray, SearchResult, unit_rows
+from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
+
+REFERENCE = Tier.reference  # the other tiers: test_certified.py
 
 
 def rows_of(kind: str, count: int, dim: int) -> AnyFloatArray:
@@ -39,7 +42,7 @@ def make(
     rows: AnyFloatArray, ids: IdArray | None = None, normalized: bool = False, **settings: object
 ) -> ExactIndex:
     """An index of rows, added in two parts."""
-    index = ExactIndex(ExactConfig(**settings), rows.shape[1])  # type: ignore[arg-type]
+    index = ExactIndex(ExactConfig(**{"tier": REFERENCE, **settings}), rows.shape[1])  # type: ignore[arg-type]
     cut = len(rows) // 3
     index.add(rows[:cut], None if ids is None else ids[:cut], normalized=normalized)
     index.add(rows[cut:], None if ids is None else ids[cut:], normalized=normalized)
@@ -96,7 +99,7 @@ def test_does_not_depend_on_blocks_threads_batch_or_when_candidates_are_ranked(
     rows = rows_of(kind, 500, 24)
     queries = np.random.default_rng(1).standard_normal((12, 24)).astype(np.float32)
     queries *= np.float32(10) ** np.linspace(-38, 30, 12, dtype=np.float32)[:, None]
-    want = make(rows, metric=metric).search(queries, 9)
+    want = make(rows, metric=metric, tier=Tier.auto).search(queries, 9)
     threads = torch.get_num_threads()
     try:
         for block_rows, num_threads in ((7, 1), (64, 2), (300, 1), (10**6, 2)):
@@ -105,11 +108,11 @@ def test_does_not_depend_on_blocks_threads_batch_or_when_candidates_are_ranked(
     finally:
         torch.set_num_threads(threads)
     index = make(rows, metric=metric, block_rows=100)
-    monkeypatch.setattr(exact, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(reference_scan, "QUERY_BLOCK", 3)
     assert_same(index.search(queries, 9), want)
     singles = [index.search(query[None], 9) for query in queries]
     assert_same(SearchResult(*map(np.concatenate, zip(*singles, strict=True))), want)
-    monkeypatch.setattr(exact, "PENDING", -(10**9))  # re-rank after every block
+    monkeypatch.setattr(reference_scan, "PENDING", -(10**9))  # re-rank after every block
     assert_same(index.search(queries, 9), want)
 
 

@@ -14,23 +14,34 @@ from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray, unit_rows
 from twotower.retrieval.saved import load_index, save_index
+from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
 
 DIM = 12
 
 CASES: dict[str, IndexConfig] = {name: INDEXES.config_class(name)() for name in INDEXES}  # type: ignore[misc]
 CASES["exact stored"] = ExactConfig(memory=RowMemory.stored, block_rows=10)
+CASES["exact reference"] = ExactConfig(tier=Tier.reference)
+CASES["exact fp16"] = ExactConfig(memory=RowMemory.fp16)
 CASES["exact ip"] = ExactConfig(metric=Metric.ip)
 CASES["faiss ip"] = FaissConfig(metric=Metric.ip)
 for factory in ("HNSW16", "IVF4,Flat", "SQ8", "PCA8,Flat", "IDMap,Flat", "IVF4,PQ3x4,RFlat"):
     CASES[factory] = FaissConfig(factory=factory)
 EXACT = [name for name in CASES if name.startswith("exact") or name.startswith("faiss")]
+CANNOT_DELETE = ("HNSW16", "IVF4,PQ3x4,RFlat")  # FAISS says so
 
 
 def rows_and_queries() -> tuple[AnyFloatArray, AnyFloatArray]:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((90, DIM)).astype(np.float32)
     return rows, rng.standard_normal((5, DIM)).astype(np.float32)
+
+
+def as_kept(config: IndexConfig, rows: AnyFloatArray) -> AnyFloatArray:
+    """What the index searches when `rows` are added."""
+    kept = unit_rows(rows) if config.metric is Metric.cosine else rows
+    half = isinstance(config, ExactConfig) and config.memory is RowMemory.fp16
+    return kept.astype(np.float16) if half else kept
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,10 +69,7 @@ def test_adds_searches_and_keeps_ids(name: str) -> None:
     assert (found.scores.dtype, found.ids.dtype) == (np.float32, np.int64)
     assert found.scores.shape == found.ids.shape == (5, 10)
     if name in EXACT:
-        cosine = index.config.metric is Metric.cosine
-        want = brute_force(
-            unit_rows(rows) if cosine else rows, every, queries, 10, index.config.metric
-        )
+        want = brute_force(as_kept(index.config, rows), every, queries, 10, index.config.metric)
         np.testing.assert_array_equal(found.ids, want.ids)
         np.testing.assert_allclose(found.scores, want.scores, atol=1e-5)
     for scores, hits in zip(*found, strict=True):
@@ -70,6 +78,41 @@ def test_adds_searches_and_keeps_ids(name: str) -> None:
         assert (hits[len(real) :] == -1).all()
         assert (np.diff(scores[: len(real)]) <= 0).all()
         assert np.isneginf(scores[len(real) :]).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_deletes_rows_and_keeps_the_ids_of_the_others(name: str, tmp_path: Path) -> None:
+    rows, queries = rows_and_queries()
+    index = INDEXES.build(CASES[name], DIM)
+    index.add(rows, np.arange(90)[::-1] * 2)
+    if name in CANNOT_DELETE:
+        with pytest.raises(ConfigError, match="cannot delete"):
+            index.delete(np.array([2]))
+        assert len(index) == 90
+        return
+    index.delete(np.arange(0, 90, 2))
+    left = np.arange(90)[::-1] * 2
+    there = ~np.isin(left, np.arange(0, 90, 2))
+    assert len(index) == there.sum() == 45
+    for bad, words in (([4], "4 is not in"), ([90, -1], "-1 is not in"), ([90, 90], "90 cannot")):
+        with pytest.raises(ConfigError, match=f"row id {words}"):
+            index.delete(np.array(bad))
+    index.add(rows[there][:1], np.array([4]))  # a free id again
+    index.add(rows[:1])  # not what has been given before
+    save_index(index, tmp_path)
+    left = np.concatenate([left[there], [4, 179]])
+    rows = np.concatenate([rows[there], rows[there][:1], rows[:1]])
+    for searched in (index, load_index(tmp_path)):
+        assert len(searched) == 47
+        found = searched.search(queries, 60)
+        assert set(found.ids.ravel().tolist()) <= {*left.tolist(), -1}
+        if name in EXACT:
+            want = brute_force(as_kept(index.config, rows), left, queries, 60, index.config.metric)
+            np.testing.assert_array_equal(found.ids, want.ids)
+    if name in EXACT:
+        index.delete(left)
+        assert len(index) == 0
+        assert (index.search(queries, 2).ids == -1).all()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from twotower.retrieval.index import IdArray
-
-Float64Array = npt.NDArray[np.float64]
+from twotower.config import Metric
+from twotower.retrieval.certificate import Float64Array
+from twotower.retrieval.index import IdArray, divisors
+from twotower.retrieval.rows import Rows
 
 FEW_QUERIES = 8  # up to here BLAS is up to three times as fast with the rows on the left
 GROUP = 64  # scores behind one maximum: the threshold is compared with maxima, not with scores
@@ -44,6 +45,13 @@ class Candidates(NamedTuple):
         return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
+class Best(NamedTuple):
+    """The best candidates of each query, best first, with exact bounds, and their scores (n,)."""
+
+    found: Candidates
+    scores: Float64Array
+
+
 def rank_in_query(query: IdArray) -> IdArray:
     """The place of each entry among those of its query; `query` is sorted."""
     return np.arange(len(query)) - np.searchsorted(query, query)
@@ -65,6 +73,14 @@ def round_to_24_bits(values: Float64Array) -> Float64Array:
     return rounded
 
 
+def group_size(n: int, k: int) -> int:
+    """Of how many of n scores one maximum is to be taken, so that there are several times k."""
+    per_group = 1
+    while n % (2 * per_group) == 0 and per_group < GROUP and n // (2 * per_group) >= 4 * k:
+        per_group *= 2
+    return per_group
+
+
 def above_threshold(
     scores: Tensor, best: Tensor, slack: float, k: int
 ) -> tuple[Candidates, Tensor]:
@@ -74,9 +90,7 @@ def above_threshold(
     classes), and maxima give a tight threshold only if the best rows are in different groups.
     """
     num_queries, n = scores.shape
-    per_group = 1
-    while n % (2 * per_group) == 0 and per_group < GROUP and n // (2 * per_group) >= 4 * k:
-        per_group *= 2
+    per_group = group_size(n, k)
     groups = scores.view(num_queries, per_group, n // per_group)
     peaks = groups.amax(1)  # (Q, g)
     best = torch.cat([best, peaks - slack], 1).topk(k, sorted=False).values
@@ -97,3 +111,28 @@ def keep_possible(found: Candidates, k: int) -> Candidates:
     threshold = np.full(int(found.query[-1]) + 1, -np.inf)
     threshold[found.query[kth]] = found.lower[kth]
     return found.select(found.upper >= threshold[found.query])
+
+
+def rerank(rows: Rows, found: Candidates, queries: Float64Array, k: int) -> Best:
+    """The best k of each query's candidates, with exact bounds, and their scores.
+
+    Ranked by the score rounded as fp32 rounds it, then by id: scores that the user sees as
+    equal stand in order of id.
+    """
+    found = keep_possible(found, k)
+    norms = np.ones(len(queries)) if rows.metric is Metric.cosine else divisors(queries)
+    # The k with the best lower bounds are most often the answer; few others can beat their scores.
+    likely = rank_in_query(found.query) < k
+    head, tail = found.select(likely), found.select(~likely)
+    scores = rows.scores(queries, head.query, head.position)
+    if len(tail.query):
+        worst = np.full(len(queries), np.inf)
+        np.minimum.at(worst, head.query, scores / norms[head.query])
+        tail = tail.select(tail.upper >= worst[tail.query])
+        scores = np.concatenate([scores, rows.scores(queries, tail.query, tail.position)])
+    found = Candidates.join([head, tail])
+    unit = scores / norms[found.query]
+    ids = rows.ids.array[found.position]
+    order = np.lexsort((ids, -round_to_24_bits(scores), found.query))
+    order = order[rank_in_query(found.query[order]) < k]
+    return Best(found._replace(lower=unit, upper=unit).select(order), scores[order])

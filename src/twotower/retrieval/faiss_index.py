@@ -139,6 +139,14 @@ class FaissIndex:
         with self._sentence("cannot take more rows"):
             self._index.add_with_ids(as_searched(rows, self.config.metric, normalized), new)
 
+    def delete(self, ids: IdArray) -> None:
+        """Delete rows by their ids; see `VectorIndex.delete`."""
+        ids = np.array(ids, np.int64).reshape(-1)
+        self._ids.check(ids)
+        with self._sentence("cannot delete"):
+            self._index.remove_ids(ids)
+        self._ids.delete(ids)
+
     def search(self, queries: AnyFloatArray, k: int) -> SearchResult:
         """The k best rows of each query (Q, dim); see `VectorIndex.search`."""
         check_query(queries, self.dim, k)

@@ -83,6 +83,14 @@ class VectorIndex(Protocol):
             ConfigError: another dimension, a value NaN or infinite, an id negative or taken.
         """
 
+    def delete(self, ids: IdArray) -> None:
+        """Delete rows (N,) by their ids, which are not given again by themselves.
+
+        Raises:
+            ConfigError: an id is not in the index or stands there twice, or this kind of index
+                cannot delete.
+        """
+
     def search(self, queries: AnyFloatArray, k: int) -> SearchResult:
         """The k best rows of each query (Q, dim).
 
@@ -101,11 +109,22 @@ INDEXES: Registry[VectorIndex] = Registry("index")
 
 
 class RowIds:
-    """The ids of an index's rows in the order of adding: unique, not negative, never changed."""
+    """The ids of an index's rows in the order of adding: unique, not negative, never changed.
+
+    The place of a deleted row holds a negative number.
+    """
 
     def __init__(self) -> None:
         self._parts: list[IdArray] = []
         self._next = 0
+        self._size = 0
+        self._order: IdArray | None = None  # places by id, until there are others
+        self._deleted: IdArray = np.empty(0, np.int64)  # places, ascending
+
+    @property
+    def alive(self) -> int:
+        """How many there are."""
+        return self._size - len(self._deleted)
 
     def extend(self, count: int, ids: IdArray | None) -> IdArray:
         """Take `count` more ids, by default the next ones, and return them.
@@ -123,7 +142,55 @@ class RowIds:
         if count:
             self._parts.append(new)
             self._next = max(self._next, int(new.max()) + 1)
+            self._size += count
+            self._order = None
         return new
+
+    def places(self, ids: IdArray) -> IdArray:
+        """The places (N,) of ids (N,); -1 for one that is not there."""
+        known = self.array
+        if self._order is None:
+            self._order = np.argsort(known, kind="stable")
+        if not len(known):
+            return np.full(len(ids), -1)
+        place = np.searchsorted(known, ids, sorter=self._order)
+        found = self._order[np.minimum(place, len(known) - 1)]
+        places: IdArray = np.where((known[found] == ids) & (ids >= 0), found, -1)
+        return places
+
+    def check(self, ids: IdArray) -> IdArray:
+        """The places of ids that are to be deleted.
+
+        Raises:
+            ConfigError: one is not there, or stands there twice.
+        """
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        places = self.places(ids)
+        if (places < 0).any():
+            raise ConfigError(f"row id {ids[places.argmin()]} is not in the index")
+        values, counts = np.unique(ids, return_counts=True)
+        if len(values) < len(ids):
+            raise ConfigError(f"row id {values[counts.argmax()]} cannot be deleted twice")
+        return places
+
+    def delete(self, ids: IdArray) -> IdArray:
+        """Forget ids, and return their places.
+
+        Raises:
+            ConfigError: one is not there, or stands there twice.
+        """
+        places = self.check(ids)
+        if len(places):
+            array = self.array.copy()  # a search may hold the other
+            array[places] = NO_ID - 1 - places
+            self._parts, self._order = [array], None
+            self._deleted = np.union1d(self._deleted, places)
+        return places
+
+    def deleted(self, start: int, stop: int) -> IdArray:
+        """The places of deleted rows from start to stop - 1, counted from start."""
+        low, high = np.searchsorted(self._deleted, (start, stop))
+        return self._deleted[low:high] - start
 
     def _check(self, new: IdArray) -> None:
         if not len(new):

@@ -1,0 +1,216 @@
+"""`index=exact` beside FAISS's IndexFlatIP, default and tuned, on CLIP-like vectors.
+
+    python benchmarks/exact_search.py                                   # 1,000,000 x 512, 2 threads
+    python benchmarks/exact_search.py --rows 100000 --tier torch
+    python benchmarks/exact_search.py --queries 1 16 --cross            # queries of another cone
+
+The contenders take turns within a round, each with as many threads; ratios are of medians. Tuned is
+the best of one thread, and of FAISS's matrix product at any number of queries. Rows of both sides
+lie on huge pages: FAISS searches ours where its own copy would not (`knn` takes any array). The
+machine's read bandwidth and int8 rate are measured in the same rounds; shares are of their medians.
+Needs a C compiler for these two. Answers are compared with FAISS's, up to ties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from twotower.machine import processor
+from twotower.retrieval.codes import huge_pages
+from twotower.retrieval.exact import ExactConfig, ExactIndex
+from twotower.retrieval.faiss_index import import_faiss
+from twotower.retrieval.index import FloatArray, unit_rows
+from twotower.retrieval.tiers import Tier, choose_tier, describe
+
+CLUSTER = 50  # rows of one cluster, on average
+CHUNK = 65_536
+HEADINGS = "Q k ours_ms default_ms tuned_ms x_default x_tuned read_share int8_share"
+
+
+def main() -> None:
+    """Print a line for each number of queries and of results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 16, 256, 4096])
+    parser.add_argument("--k", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="3 at most from 4096 queries on")
+    parser.add_argument("--tier", choices=[tier.name for tier in Tier], default="auto")
+    parser.add_argument("--cross", action="store_true", help="text-like queries: another cone")
+    parser.add_argument("--cpu", action="store_true", help="CPU seconds, on a busy machine")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    faiss = import_faiss()
+    faiss.omp_set_num_threads(options.threads)
+    rows = clip_like(options.rows, options.dim)
+    queries = queries_of(rows, max(options.queries), options.cross)
+    index = ExactIndex(ExactConfig(tier=Tier[options.tier]), options.dim)
+    started = time.perf_counter()
+    index.add(rows, normalized=True)
+    built = time.perf_counter() - started
+    write(f"processor: {processor()}, {options.threads} threads; {describe()}")
+    tier = choose_tier(Tier[options.tier]).name
+    write(f"measured: tier {tier}, {options.rows:,} x {options.dim}")
+    write(f"faiss {faiss.__version__}, {faiss.get_compile_options().strip()}")
+    write(f"built in {built:.1f} s, {options.rows / built:,.0f} rows/s, {index.nbytes:,} bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        limits = Limits(Path(folder), options.threads)
+        write(" ".join(f"{name:>10}" for name in HEADINGS.split()))
+        for count in options.queries:
+            for k in options.k:
+                compare(index, rows, queries[:count], k, limits, options)
+
+
+def write(text: str) -> None:
+    """To the terminal, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def clip_like(count: int, dim: int) -> FloatArray:
+    """Unit rows as CLIP makes them: a common cone, clusters, a spectrum of energy 1 / i."""
+    rng = np.random.default_rng(0)
+    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
+    mean = unit_rows(rng.standard_normal((1, dim)).astype(np.float32))
+    centres = unit_rows(noise(rng, -(-count // CLUSTER), spectrum))
+    rows = huge_pages(4 * count * dim).view(np.float32).reshape(count, dim)
+    for start in range(0, count, CHUNK):
+        part = rows[start : start + CHUNK]
+        chosen = rng.integers(0, len(centres), len(part))
+        own = unit_rows(noise(rng, len(part), spectrum))
+        part[:] = unit_rows(mean + 0.75 * centres[chosen] + 0.6 * own)
+    return rows
+
+
+def noise(rng: np.random.Generator, count: int, spectrum: FloatArray) -> FloatArray:
+    """Vectors with that much energy a dimension."""
+    drawn: FloatArray = rng.standard_normal((count, len(spectrum))).astype(np.float32) * spectrum
+    return drawn
+
+
+def queries_of(rows: FloatArray, count: int, cross: bool) -> FloatArray:
+    """Unit queries near rows; with `cross` from a cone of their own, as texts are."""
+    rng = np.random.default_rng(1)
+    dim = rows.shape[1]
+    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
+    near = rows[rng.integers(0, len(rows), count)] - rows[:1000].mean(axis=0)
+    queries = unit_rows(near) + 0.5 * unit_rows(noise(rng, count, spectrum))
+    cone = unit_rows(rng.standard_normal((1, dim)).astype(np.float32))
+    base = 2 * cone if cross else 1.5 * rows[:1000].mean(axis=0)
+    return unit_rows(queries + base)
+
+
+class Limits:
+    """What the machine can do, by limits.c."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        source, library = Path(__file__).with_name("limits.c"), folder / "limits.so"
+        flags = ["-O3", "-std=c11", "-fPIC", "-shared", "-pthread"]
+        subprocess.run(["cc", *flags, "-o", library, source], check=True)
+        self._library = ctypes.CDLL(str(library))
+        self._library.read_rate.restype = self._library.int8_rate.restype = ctypes.c_double
+        self._threads = ctypes.c_int64(threads)
+        self._memory = huge_pages(1 << 29)
+        self._memory[:] = 1
+
+    def read(self) -> float:
+        """Bytes a second."""
+        start, size = self._memory.ctypes.data, self._memory.size
+        rate = self._library.read_rate(ctypes.c_void_p(start), ctypes.c_int64(size), self._threads)
+        return float(rate)
+
+    def int8(self) -> float:
+        """Multiplications and additions a second."""
+        return float(self._library.int8_rate(ctypes.c_int64(10_000_000), self._threads))
+
+
+class Contender(NamedTuple):
+    name: str
+    search: Callable[[], Any]
+
+
+def contenders(
+    index: ExactIndex, rows: FloatArray, queries: FloatArray, k: int, threads: int
+) -> list[Contender]:
+    """Ours, FAISS as it is, and FAISS as it may be set."""
+    faiss = import_faiss()
+    usual = faiss.cvar.distance_compute_blas_threshold
+
+    def theirs(num_threads: int = threads, threshold: int = usual) -> Any:
+        faiss.omp_set_num_threads(num_threads)
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        try:
+            return faiss.knn(queries, rows, k, metric=faiss.METRIC_INNER_PRODUCT)
+        finally:
+            faiss.omp_set_num_threads(threads)
+            faiss.cvar.distance_compute_blas_threshold = usual
+
+    made = [Contender("ours", lambda: index.search(queries, k)), Contender("default", theirs)]
+    if len(queries) < 4096:  # beyond, the default is the matrix product with all threads
+        made.append(Contender("one thread", lambda: theirs(num_threads=1)))
+        made.append(Contender("product", lambda: theirs(threshold=1)))
+    return made
+
+
+def compare(
+    index: ExactIndex,
+    rows: FloatArray,
+    queries: FloatArray,
+    k: int,
+    limits: Limits,
+    options: argparse.Namespace,
+) -> None:
+    """Print one line."""
+    clock = time.process_time if options.cpu else time.perf_counter
+    sides = contenders(index, rows, queries, k, options.threads)
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    read, int8 = [], []
+    answers = {side.name: side.search() for side in sides}  # and warm caches
+    rounds = min(options.rounds, 3) if len(queries) >= 4096 else options.rounds
+    for _ in range(rounds):
+        for side in sides:
+            start = clock()
+            side.search()
+            seconds[side.name].append(clock() - start)
+        read.append(limits.read())
+        int8.append(limits.int8())
+    check(answers["ours"], answers["default"])
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    ours, default = median.pop("ours"), median["default"]
+    tuned = min(median.values())
+    codes = options.rows * options.dim
+    peak = statistics.median(int8)
+    byte_share = int8_share = float("nan")
+    if not options.cpu:  # the limits are in seconds of the clock on the wall
+        byte_share = codes / ours / statistics.median(read)
+        int8_share = 2 * codes * len(queries) / ours / peak if peak else float("nan")
+    times = [f"{1000 * value:10.2f}" for value in (ours, default, tuned)]
+    ratios = [f"{value:10.2f}" for value in (default / ours, tuned / ours, byte_share, int8_share)]
+    write(" ".join([f"{len(queries):>10} {k:>10}", *times, *ratios]))
+    fastest = min(median, key=lambda name: median[name])
+    bandwidth = statistics.median(read) / 1e9
+    write(f"# tuned: {fastest}; read {bandwidth:.1f} GB/s; int8 {peak / 1e9:.0f} GOP/s")
+
+
+def check(ours: Any, theirs: Any) -> None:
+    """Ids agree but for rows whose scores fp32 cannot tell apart."""
+    differ = ours.ids != theirs[1]
+    if np.abs(ours.scores - theirs[0])[differ].max(initial=0) > 2e-6:
+        sys.exit("the answers differ")
+
+
+if __name__ == "__main__":
+    main()

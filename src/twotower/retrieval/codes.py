@@ -1,0 +1,161 @@
+"""Where the codes of an index lie: shards of about a million rows, which grow as rows are added."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.retrieval.certificate import CodedRows, Codes
+from twotower.retrieval.index import FloatArray, IdArray
+
+Bytes = npt.NDArray[np.uint8]
+
+PANEL = 64  # rows whose codes lie together, four dimensions at a time, as the C scan reads them
+SHARD_ROWS = 1 << 20
+LEAST_ROWS = 1024
+HUGE = 1 << 21  # bytes of a huge page on x86-64
+DEAD = -np.inf  # an error that no threshold lets through: of deleted rows and unused places
+
+
+@dataclass
+class Shard:
+    """Places for rows, of which the first `used` are taken.
+
+    `codes` is (panels, words, 64, 4) bytes, each 128 above its code, or (places, dim) int8.
+    """
+
+    first: int
+    used: int
+    codes: npt.NDArray[np.generic]
+    scale: FloatArray
+    error: FloatArray
+    norm: FloatArray
+
+    @property
+    def places(self) -> int:
+        """Rows that it has memory for."""
+        return len(self.scale)
+
+
+class CodeStore:
+    """Codes of rows of dimension `dim`, in panels for the C scan or row after row for torch."""
+
+    def __init__(self, dim: int, packed: bool, shard_rows: int = SHARD_ROWS) -> None:
+        self.packed = packed
+        self.width = -(-dim // 8) * 8  # what an int8 product likes; the rest are zeros
+        self.shards: list[Shard] = []
+        self._dim = dim
+        self._shard_rows = shard_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, errors and norms."""
+        return sum(shard.codes.nbytes + 3 * shard.scale.nbytes for shard in self.shards)
+
+    def reserve(self, count: int) -> None:
+        """Make room in the last shard, if it will be asked for, without copying later."""
+        room = self.shards[-1].places - self.shards[-1].used if self.shards else 0
+        if self.shards and room < count and self.shards[-1].places < self._shard_rows:
+            shard = self.shards[-1]
+            self._grow(shard, max(shard.used + count, 2 * shard.places))
+
+    def append(self, rows: CodedRows) -> None:
+        """Add the codes of rows at the next places."""
+        done = 0
+        while done < len(rows.scale):
+            left = len(rows.scale) - done
+            shard = self._last(left)
+            take = min(left, shard.places - shard.used)
+            self._write(shard, rows.part(done, done + take))
+            shard.used += take
+            done += take
+
+    def _last(self, count: int) -> Shard:
+        """A shard with a free place."""
+        if self.shards and self.shards[-1].used < self.shards[-1].places:
+            return self.shards[-1]
+        if self.shards and self.shards[-1].places < self._shard_rows:
+            self._grow(self.shards[-1], self.shards[-1].places + count)
+            return self.shards[-1]
+        first = self.shards[-1].first + self.shards[-1].used if self.shards else 0
+        self.shards.append(self._empty(first, max(count, LEAST_ROWS)))
+        return self.shards[-1]
+
+    def _empty(self, first: int, places: int) -> Shard:
+        places = min(-(-places // PANEL) * PANEL, -(-self._shard_rows // PANEL) * PANEL)
+        raw = huge_pages(places * self.width)
+        if self.packed:
+            codes: npt.NDArray[np.generic] = raw.reshape(-1, self.width // 4, PANEL, 4)
+        else:
+            codes = raw.view(np.int8).reshape(places, self.width)
+        scale, norm = np.zeros(places, np.float32), np.zeros(places, np.float32)
+        return Shard(first, 0, codes, scale, np.full(places, DEAD, np.float32), norm)
+
+    def _grow(self, shard: Shard, places: int) -> None:
+        """Give a shard at least twice the places."""
+        larger = self._empty(shard.first, max(places, 2 * shard.places))
+        for name in ("codes", "scale", "error", "norm"):
+            old = getattr(shard, name)
+            getattr(larger, name)[: len(old)] = old
+            setattr(shard, name, getattr(larger, name))
+
+    def _write(self, shard: Shard, rows: CodedRows) -> None:
+        start, stop = shard.used, shard.used + len(rows.scale)
+        shard.scale[start:stop], shard.norm[start:stop] = rows.scale, rows.norm
+        shard.error[start:stop] = rows.error
+        if not self.packed:
+            shard.codes[start:stop, : self._dim] = rows.codes
+            return
+        flipped = np.full((len(rows.scale), self.width), 0x80, np.uint8)
+        flipped[:, : self._dim] = rows.codes.view(np.uint8) ^ 0x80
+        words = flipped.reshape(len(flipped), -1, 4)
+        head = min(-start % PANEL, len(words))
+        even = head + (len(words) - head) // PANEL * PANEL
+        for low, high in ((0, head), (even, len(words))):
+            place = np.arange(start + low, start + high)
+            shard.codes[place // PANEL, :, place % PANEL] = words[low:high]
+        panels = words[head:even].reshape(-1, PANEL, self.width // 4, 4).transpose(0, 2, 1, 3)
+        first = (start + head) // PANEL
+        shard.codes[first : first + len(panels)] = panels
+
+    def delete(self, positions: IdArray) -> None:
+        """Let the rows at these positions, counted through all shards, never be found again."""
+        for shard in self.shards:
+            inside = (positions >= shard.first) & (positions < shard.first + shard.used)
+            place = positions[inside] - shard.first
+            shard.error[place] = DEAD
+            shard.scale[place] = shard.norm[place] = 0
+
+    def rows(self, start: int, stop: int) -> CodedRows:
+        """The codes at positions start to stop - 1, as they were added."""
+        parts = []
+        for shard in self.shards:
+            low, high = max(start - shard.first, 0), min(stop - shard.first, shard.used)
+            if low < high:
+                columns = (shard.scale[low:high], shard.error[low:high], shard.norm[low:high])
+                parts.append(CodedRows(self._unpacked(shard, low, high), *columns))
+        return CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _unpacked(self, shard: Shard, low: int, high: int) -> Codes:
+        if not self.packed:
+            plain: Codes = shard.codes[low:high, : self._dim].view(np.int8)
+            return plain
+        place = np.arange(low, high)
+        words = shard.codes[place // PANEL, :, place % PANEL].view(np.uint8)
+        codes: Codes = (words.reshape(len(words), -1)[:, : self._dim] ^ 0x80).view(np.int8)
+        return codes
+
+
+def huge_pages(size: int) -> Bytes:
+    """Zeroed bytes, on huge pages where the system has them: a scan is up to 1.3 times as fast."""
+    if size < HUGE:
+        return np.zeros(size, np.uint8)
+    memory = mmap.mmap(-1, size + HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    everything = np.frombuffer(memory, np.uint8)
+    start = -everything.ctypes.data % HUGE
+    return everything[start : start + size]

@@ -1,0 +1,149 @@
+"""The C scan (scan.c) by ctypes, from where the package's build put it if there was a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.retrieval.certificate import Codes, Float64Array
+from twotower.retrieval.codes import PANEL, Shard
+from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
+
+log = logging.getLogger(__name__)
+
+
+class _Shard(Structure):
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("error", c_void_p),
+        ("norm", c_void_p),
+        ("panels", c_int64),
+        ("first", c_int64),
+    ]
+
+
+class _Part(Structure):
+    _fields_ = [("rows", c_void_p), ("first", c_int64), ("half", c_int64)]
+
+
+class _Job(Structure):
+    _fields_ = [
+        ("shards", POINTER(_Shard)),
+        ("parts", POINTER(_Part)),
+        ("ids", c_void_p),
+        *((name, c_int64) for name in ("num_shards", "num_parts", "dim", "words")),
+        *((name, c_void_p) for name in ("query_codes", "query_scale", "query_error")),
+        *((name, c_void_p) for name in ("queries", "query_norm", "query_centre")),
+        *((name, c_int64) for name in ("num_queries", "k", "cosine", "threads", "level")),
+        *((name, c_void_p) for name in ("position", "score", "count")),
+    ]
+
+
+class CodedQueries(NamedTuple):
+    """Queries (Q, dim) in fp64, their norms, centre products, codes (Q, width), scales, errors."""
+
+    queries: Float64Array
+    norm: Float64Array
+    centre: Float64Array
+    codes: Codes
+    scale: FloatArray
+    error: FloatArray
+
+
+class Found(NamedTuple):
+    """Positions (Q, k) of the best rows, -1 beyond them, their scores, and the work it took."""
+
+    position: IdArray
+    score: Float64Array
+    collected: int
+    reranked: int
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The C scan, or None where it was not built or cannot be loaded."""
+    for file in sorted(Path(__file__).parent.glob("_scan*")):
+        try:
+            loaded = ctypes.CDLL(str(file))
+            loaded.tt_search.argtypes = [POINTER(_Job)]
+            loaded.tt_level_name.argtypes = [c_int]
+            loaded.tt_level_name.restype = c_char_p
+        except (OSError, AttributeError) as error:
+            log.debug("cannot use %s: %s", file, error)
+            continue
+        return loaded
+    return None
+
+
+def level() -> int:
+    """Which variant of the scan this processor runs: 0 is plain C."""
+    loaded = library()
+    return loaded.tt_level() if loaded else 0
+
+
+def level_name(number: int) -> str:
+    """A level in words."""
+    loaded = library()
+    return loaded.tt_level_name(number).decode() if loaded else "none"
+
+
+def search(
+    shards: Sequence[Shard],
+    parts: Sequence[tuple[int, AnyFloatArray]],
+    ids: IdArray,
+    queries: CodedQueries,
+    k: int,
+    *,
+    cosine: bool,
+    threads: int,
+    level: int,
+) -> Found:
+    """The best k rows of each query; `parts` are rows, fp32 or fp16, with the first's position.
+
+    Raises:
+        MemoryError: there was not enough memory for the candidates.
+    """
+    loaded = library()
+    assert loaded is not None
+    position = np.full((len(queries.queries), k), -1, np.int64)
+    score = np.empty(position.shape)
+    count = np.zeros(2, np.int64)
+    if position.size:
+        columns = (queries.codes, queries.scale, queries.error)
+        wide = (queries.queries, queries.norm, queries.centre)
+        job = _Job(
+            (_Shard * len(shards))(*map(_shard, shards)),
+            (_Part * len(parts))(*(_part(first, rows) for first, rows in parts)),
+            _pointer(ids),
+            *(len(shards), len(parts), queries.queries.shape[1], queries.codes.shape[1] // 4),
+            *(_pointer(array) for array in (*columns, *wide)),
+            *(len(queries.queries), k, cosine, threads, level),
+            *(_pointer(array) for array in (position, score, count)),
+        )
+        if loaded.tt_search(ctypes.byref(job)):
+            raise MemoryError("no memory for the candidates of an exact search")
+    return Found(position, score, int(count[0]), int(count[1]))
+
+
+def _shard(shard: Shard) -> _Shard:
+    columns = (shard.codes, shard.scale, shard.error, shard.norm)
+    return _Shard(*map(_pointer, columns), -(-shard.used // PANEL), shard.first)
+
+
+def _part(first: int, rows: AnyFloatArray) -> _Part:
+    assert rows.dtype in (np.float32, np.float16)
+    return _Part(_pointer(rows), first, rows.dtype == np.float16)
+
+
+def _pointer(array: npt.NDArray[np.generic]) -> int:
+    assert array.flags.c_contiguous
+    return array.ctypes.data

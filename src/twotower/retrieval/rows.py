@@ -1,0 +1,127 @@
+"""The rows of an exact index as they are searched, and their exact scores."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.config import Metric
+from twotower.retrieval.certificate import Float64Array
+from twotower.retrieval.index import AnyFloatArray, IdArray, RowIds, divisors, norms_of
+from twotower.settings import ConfigError
+
+RERANK = 256  # rows scored exactly at a time: 1 MB at 512 dimensions, which stays in the cache
+LARGEST_NORM = 1e38  # beyond it a partial sum could overflow fp32
+MERGE_ROWS = 1 << 17  # parts are merged up to here, so that adding one by one makes no long list
+
+
+class Part(NamedTuple):
+    """Rows (n, dim) fp32 or fp16, their norms (n,), the position of the first."""
+
+    rows: AnyFloatArray
+    norms: Float64Array
+    start: int
+
+    @property
+    def tensor(self) -> Tensor:
+        """The same rows for torch."""
+        with warnings.catch_warnings():
+            # A store's files are mapped read-only; torch warns of writing, and nothing here writes.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.rows)
+
+
+class Rows:
+    """Rows in parts, one an `add` or several, with their ids; deleted rows keep their positions."""
+
+    def __init__(self, dim: int, metric: Metric) -> None:
+        self.dim = dim
+        self.metric = metric
+        self.parts: list[Part] = []
+        self.ids = RowIds()
+        self.size = 0  # positions, those of deleted rows with them
+
+    def __len__(self) -> int:
+        return self.ids.alive
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows, norms and ids."""
+        rows = sum(part.rows.nbytes + part.norms.nbytes for part in self.parts)
+        return int(rows + self.ids.array.nbytes)
+
+    def append(self, rows: AnyFloatArray, ids: IdArray | None) -> None:
+        """Take over rows (n, dim), fp32 or fp16, with their ids.
+
+        Raises:
+            ConfigError: an id is negative or taken, or a norm is beyond 1e38.
+        """
+        norms = norms_of(rows)
+        if len(norms) and norms.max() > LARGEST_NORM:
+            raise ConfigError(f"row {norms.argmax()} has norm {norms.max():.3g}, beyond 1e38")
+        self.ids.extend(len(rows), ids)
+        if not len(rows):
+            return
+        self.parts.append(Part(rows, norms, self.size))
+        self.size += len(rows)
+        while len(self.parts) > 1 and _alike(*self.parts[-2:]):
+            one, other = self.parts[-2:]
+            joined = np.concatenate([one.rows, other.rows])
+            norms = np.concatenate([one.norms, other.norms])
+            self.parts[-2:] = [Part(joined, norms, one.start)]
+
+    def part_of(self, position: IdArray) -> IdArray:
+        """Which part each position is in."""
+        starts = [part.start for part in self.parts]
+        return np.searchsorted(starts, position, side="right") - 1
+
+    def gather(self, position: IdArray) -> Float64Array:
+        """The rows (n, dim) at the given positions, in fp64."""
+        rows = np.empty((len(position), self.dim))
+        owner = self.part_of(position)
+        for number in np.unique(owner):
+            mine = owner == number
+            part = self.parts[number]
+            rows[mine] = part.rows[position[mine] - part.start]
+        return rows
+
+    def norms(self) -> Float64Array:
+        """The norms of all rows, by position."""
+        return np.concatenate([np.empty(0), *(part.norms for part in self.parts)])
+
+    def scores(self, queries: Float64Array, query: IdArray, position: IdArray) -> Float64Array:
+        """Exact scores (n,) of pairs, summed in fp64 in an order that only the dimension decides.
+
+        The order is that of scan.c: products are folded in halves.
+        """
+        scores = np.empty(len(query))
+        padded = 1 << (self.dim - 1).bit_length()
+        for start in range(0, len(query), RERANK):
+            part = slice(start, start + RERANK)
+            product = np.zeros((len(position[part]), padded))
+            np.multiply(
+                self.gather(position[part]), queries[query[part]], out=product[:, : self.dim]
+            )
+            width = padded
+            while width > 1:
+                width //= 2
+                product = product[:, :width] + product[:, width : 2 * width]
+            scores[part] = product[:, 0]
+        if self.metric is Metric.cosine:
+            scores /= divisors(queries)[query]
+        return scores + 0.0  # a zero row scores 0, never -0
+
+
+def _alike(one: Part, other: Part) -> bool:
+    """Whether two neighbours are to be merged: both in memory, and the first not much larger.
+
+    A row is then copied a few times at most, however many are added one by one.
+    """
+    total = len(one.rows) + len(other.rows)
+    in_memory = not any(isinstance(part.rows, np.memmap) for part in (one, other))
+    same = one.rows.dtype == other.rows.dtype
+    return in_memory and same and total <= MERGE_ROWS and len(one.rows) <= 2 * len(other.rows)

@@ -1,0 +1,180 @@
+"""The certified scan where there is no compiled one: int8 products of torch. Tier 2.
+
+Products of a block of rows go to a buffer that stays in the cache. Of 64 rows one maximum is
+compared with the threshold, with the largest error among them; only groups that pass are opened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.retrieval.candidates import GROUP, Best, Candidates, group_size, rerank
+from twotower.retrieval.certificate import Float64Array
+from twotower.retrieval.certified_scan import Coded
+from twotower.retrieval.index import AnyFloatArray, IdArray
+from twotower.retrieval.native import CodedQueries
+from twotower.retrieval.rows import Rows
+
+QUERY_BLOCK = 256
+PRODUCTS = 1 << 20  # in a block: 4 MB, and as much for the scores
+BLOCK_ROWS = 1 << 14  # rows of a block at most
+PENDING = 1 << 21  # candidates that may wait for the re-rank
+FEW = 16  # from two queries to this many a product takes as long: it is padded to them
+
+
+class Probe(NamedTuple):
+    """What torch's int8 product is worth here."""
+
+    right: bool
+    faster: bool  # than that of fp32
+
+
+@cache
+def probe() -> Probe:
+    """Try the int8 product, whose name is a private one of torch, beside that of fp32."""
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.integers(-127, 128, (2048, 256), np.int8))
+    queries = torch.from_numpy(rng.integers(-127, 128, (256, 64), np.int8))
+    out = torch.empty((len(rows), queries.shape[1]), dtype=torch.int32)
+    wide_rows, wide_queries = rows.float(), queries.float()
+    scores = torch.empty(out.shape)
+    try:
+        int8 = _seconds(lambda: torch._int_mm(rows, queries, out=out))
+        fp32 = _seconds(lambda: torch.mm(wide_rows, wide_queries, out=scores))
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return Probe(False, False)
+    right = torch.equal(out.double(), rows.double() @ queries.double())
+    return Probe(right, right and int8 < fp32)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The least of a few times."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class TorchScan:
+    """The scan by `torch._int_mm`."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.coded = Coded(rows.dim, packed=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and their bounds."""
+        return self.coded.store.nbytes
+
+    def append(self, rows: AnyFloatArray) -> None:
+        """Code rows that were added to the index."""
+        self.coded.append(rows)
+
+    def delete(self, positions: IdArray) -> None:
+        """Never find these rows again."""
+        self.coded.store.delete(positions)
+
+    def query_block(self, k: int) -> int:
+        """Queries that are best searched at a time."""
+        return max(1, min(QUERY_BLOCK, PENDING // k))
+
+    def search(self, queries: Float64Array, k: int) -> Best:
+        """The best k rows of queries (Q, dim), none of them zero, in fp64; k <= rows."""
+        with torch.inference_mode():
+            return rerank(self._rows, self._scan(queries, k), queries, k)
+
+    def _scan(self, queries: Float64Array, k: int) -> Candidates:
+        """Every row that may be among the best k of a query; bounds are those of the unit query."""
+        coded = self.coded.queries(queries)
+        asked = _Asked(coded, k)
+        pending: list[Candidates] = []
+        limit = PENDING + 4 * k * len(queries)
+        for block in self._blocks(len(asked.codes[0])):
+            pending.append(asked.possible(*block))
+            if sum(len(part.query) for part in pending) > limit:
+                kept = rerank(self._rows, Candidates.join(pending), queries, k)
+                pending = [kept.found.widened(0.0)]
+        return Candidates.join(pending)
+
+    def _blocks(self, num_queries: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
+        """Codes, scales, errors and norms of some rows, and the position of the first."""
+        step = min(max(PRODUCTS // num_queries, 1024), BLOCK_ROWS)
+        for shard in self.coded.store.shards:
+            columns = (shard.codes, shard.scale, shard.error, shard.norm)
+            tensors = [torch.from_numpy(column) for column in columns]
+            used = -(-shard.used // GROUP) * GROUP
+            for start in range(0, used, step):
+                codes, scale, error, norm = (t[start : min(start + step, used)] for t in tensors)
+                yield codes, scale, error, norm, shard.first + start
+
+
+class _Asked:
+    """Some queries, and the k best lower bounds of each so far."""
+
+    def __init__(self, coded: CodedQueries, k: int) -> None:
+        count = len(coded.codes)
+        padding = FEW - count if 1 < count < FEW else 0
+        codes = np.pad(coded.codes, ((0, padding), (0, 0)))
+        self.codes = torch.from_numpy(codes).T.contiguous()  # (width, Q)
+        self._count = count
+        self._scale, self._error = torch.from_numpy(coded.scale), torch.from_numpy(coded.error)
+        self._centre = coded.centre
+        self._k = k
+        self._best = torch.full((count, k), -torch.inf)
+        self._threshold = torch.full((count,), -torch.inf)
+        self._products = torch.empty(0, dtype=torch.int32)
+        self._scores = torch.empty(0)
+
+    def possible(
+        self, codes: Tensor, scale: Tensor, error: Tensor, norm: Tensor, first: int
+    ) -> Candidates:
+        """The rows of a block that may be among the best."""
+        rows, columns = len(codes), self.codes.shape[1]
+        if rows * columns > len(self._products):
+            self._products = torch.empty(rows * columns, dtype=torch.int32)
+            self._scores = torch.empty(rows * columns)
+        products = self._products[: rows * columns].view(rows, columns)
+        scores = self._scores[: rows * columns].view(rows, columns)
+        torch._int_mm(codes, self.codes, out=products)
+        torch.mul(products, scale[:, None], out=scores)
+        dead = error == -torch.inf
+        if dead.any():
+            scores[dead] = -torch.inf
+            error = error.clamp_min(0)
+        per_group = group_size(rows, self._k)
+        groups = scores.view(per_group, -1, columns)[:, :, : self._count]
+        # (groups, Q): the best score of a group, with the largest error among its rows.
+        middle = groups.amax(0) * self._scale
+        width = norm.view(per_group, -1).amax(0)[:, None] * self._error
+        width += error.view(per_group, -1).amax(0)[:, None]
+        self._raise_threshold(middle - width)
+        group, query = (middle + width >= self._threshold).nonzero(as_tuple=True)
+        opened = groups[:, group, query] * self._scale[query]  # (per_group, hits)
+        row = torch.arange(per_group)[:, None] * groups.shape[1] + group
+        width = norm[row] * self._error[query] + error[row]
+        upper = opened + width
+        # Deleted rows have a bound of -inf, which reaches a threshold of -inf.
+        place = (upper >= self._threshold[query]) & (upper > -torch.inf)
+        found = query.expand_as(row)[place].numpy()
+        return Candidates(
+            found,
+            row[place].numpy() + first,
+            (opened - width)[place].double().numpy() + self._centre[found],
+            upper[place].double().numpy() + self._centre[found],
+        )
+
+    def _raise_threshold(self, lower: Tensor) -> None:
+        """Take account of lower bounds (groups, Q) of as many rows."""
+        if bool((lower > self._threshold).any()):
+            self._best = torch.cat([self._best, lower.T], 1).topk(self._k, sorted=False).values
+            self._threshold = self._best.amin(1)

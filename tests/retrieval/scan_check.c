@@ -1,0 +1,130 @@
+/* Runs every level of scan.c on random, equal, zero and deleted rows beside a double loop; for the
+ * sanitizers. Prints nothing and returns 0 where all is well. */
+
+#include "../../src/twotower/retrieval/scan.c"
+
+#include <stdio.h>
+
+static uint32_t seed = 1;
+
+static float uniform(void) { /* from -1 to 1 */
+    seed = seed * 1664525u + 1013904223u;
+    return (float)(seed >> 8) / 8388608.0f - 1.0f;
+}
+
+static void *room(size_t bytes) { /* exactly, so that a byte beyond is noticed */
+    void *made = calloc(bytes ? bytes : 1, 1);
+    if (!made) exit(3);
+    return made;
+}
+
+static void code(const float *row, int64_t dim, int8_t *codes, float *scale, double *error,
+                 double *norm) {
+    float largest = 0;
+    *error = *norm = 0;
+    for (int64_t i = 0; i < dim; i++) largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
+    *scale = largest / 127;
+    for (int64_t i = 0; i < dim; i++) {
+        const double step = *scale > 0 ? rint(row[i] / *scale) : 0;
+        codes[i] = (int8_t)(step > 127 ? 127 : step < -127 ? -127 : step);
+        *error += pow(row[i] - (double)codes[i] * *scale, 2);
+        *norm += pow((double)codes[i] * *scale, 2);
+    }
+    *error = sqrt(*error) * 1.00001 + 1e-5 * (sqrt(*norm) + 1);
+    *norm = sqrt(*norm) * 1.00001;
+}
+
+static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int64_t level,
+                 int64_t threads, int kind) {
+    const int64_t words = (dim + 3) / 4, panels = (rows + PANEL - 1) / PANEL;
+    const int64_t places = panels * PANEL;
+    float *values = room(sizeof(float) * (size_t)(rows * dim));
+    uint8_t *codes = room((size_t)(places * words * 4));
+    float *scale = room(sizeof(float) * (size_t)places), *norm = room(sizeof(float) * (size_t)places);
+    float *error = room(sizeof(float) * (size_t)places);
+    int64_t *ids = room(sizeof(int64_t) * (size_t)rows);
+    int8_t *one = room((size_t)(words * 4));
+    memset(codes, 0x80, (size_t)(places * words * 4));
+    for (int64_t row = 0; row < places; row++) error[row] = -INFINITY;
+    for (int64_t row = 0; row < rows; row++) {
+        float *here = values + row * dim;
+        double lost, kept;
+        ids[row] = 2 * row;
+        for (int64_t i = 0; i < dim; i++)
+            here[i] = kind == 1 ? 0.5f : kind == 2 && row % 2 ? 0 : uniform();
+        if (kind == 3 && row % 3 == 0) continue; /* deleted */
+        code(here, dim, one, scale + row, &lost, &kept);
+        error[row] = (float)lost;
+        norm[row] = (float)kept;
+        for (int64_t i = 0; i < dim; i++)
+            codes[((row / PANEL * words + i / 4) * PANEL + row % PANEL) * 4 + i % 4] =
+                (uint8_t)(one[i] + 128);
+    }
+    int8_t *query_codes = room((size_t)(num_queries * words * 4));
+    float *query_scale = room(sizeof(float) * (size_t)num_queries);
+    float *query_error = room(sizeof(float) * (size_t)num_queries);
+    double *queries = room(sizeof(double) * (size_t)(num_queries * dim));
+    double *query_norm = room(sizeof(double) * (size_t)num_queries);
+    double *centre = room(sizeof(double) * (size_t)num_queries);
+    float *single = room(sizeof(float) * (size_t)dim);
+    for (int64_t query = 0; query < num_queries; query++) {
+        double length = 0, lost, kept;
+        for (int64_t i = 0; i < dim; i++) single[i] = uniform();
+        for (int64_t i = 0; i < dim; i++) length += (double)single[i] * single[i];
+        for (int64_t i = 0; i < dim; i++) {
+            queries[query * dim + i] = single[i];
+            single[i] = (float)(single[i] / sqrt(length));
+        }
+        query_norm[query] = sqrt(length);
+        code(single, dim, query_codes + query * words * 4, query_scale + query, &lost, &kept);
+        query_error[query] = (float)lost;
+    }
+    int64_t *position = room(sizeof(int64_t) * (size_t)(num_queries * k)), count[2] = {0, 0};
+    double *score = room(sizeof(double) * (size_t)(num_queries * k));
+    const tt_shard shard = {codes, scale, error, norm, panels, 0};
+    const tt_part parts[2] = {{values, 0, 0}, {values + rows / 2 * dim, rows / 2, 0}};
+    const tt_job job = {&shard, parts, ids, rows > 0, 2, dim, words, query_codes, query_scale,
+                        query_error, queries, query_norm, centre, num_queries, k, 1, threads,
+                        level, position, score, count};
+    int bad = tt_search(&job);
+    for (int64_t query = 0; query < num_queries && !bad; query++) {
+        int64_t alive = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            double dot = 0;
+            int64_t better = 0;
+            for (int64_t i = 0; i < dim; i++)
+                dot += (double)values[row * dim + i] * queries[query * dim + i];
+            dot /= query_norm[query];
+            if (kind == 3 && row % 3 == 0) continue;
+            alive++;
+            /* A row that is better than the worst one found by more than rounding is found. */
+            for (int64_t i = 0; i < k; i++) better += position[query * k + i] == row;
+            const int64_t last = position[query * k + k - 1];
+            if (!better && (last < 0 || dot > score[query * k + k - 1] + 1e-6)) bad = 1;
+        }
+        for (int64_t i = 0; i < k; i++) bad |= (position[query * k + i] >= 0) != (i < alive);
+        for (int64_t i = 1; i < k && i < alive; i++)
+            bad |= rounded(score[query * k + i - 1]) < rounded(score[query * k + i]);
+    }
+    free(values), free(codes), free(scale), free(norm), free(error), free(ids), free(one);
+    free(query_codes), free(query_scale), free(query_error), free(queries), free(query_norm);
+    free(centre), free(single), free(position), free(score);
+    if (bad)
+        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld kind %d\n",
+                (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads, kind);
+    return bad;
+}
+
+int main(void) {
+    static const int64_t rows[] = {0, 1, 63, 64, 65, 3000}, dims[] = {1, 4, 7, 100, 512};
+    static const int64_t queries[] = {1, 6, 13}, ks[] = {1, 10, 100};
+    int bad = 0;
+    for (int64_t level = 0; level <= tt_level(); level++)
+        for (int kind = 0; kind < 4; kind++)
+            for (int r = 0; r < 6; r++)
+                for (int d = 0; d < 5; d++)
+                    for (int q = 0; q < 3; q++)
+                        bad |= check(rows[r], dims[d] > 7 && rows[r] > 65 && q ? 33 : dims[d],
+                                     queries[q], ks[(r + d + q) % 3], level, 1 + (r + q) % 3, kind);
+    return bad;
+}

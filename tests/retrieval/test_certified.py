@@ -1,0 +1,298 @@
+"""The certified scans: their bounds hold, and every tier finds what brute force in fp64 finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
+from twotower.config import Metric
+from twotower.retrieval import native, tiers, torch_scan
+from twotower.retrieval.certificate import CodedRows, Frame
+from twotower.retrieval.certified_scan import NativeScan
+from twotower.retrieval.codes import CodeStore
+from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
+from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
+from twotower.retrieval.tiers import Tier
+from twotower.settings import ConfigError
+
+KINDS = (
+    *("random", "clip", "clustered", "duplicated", "one_hot", "constant", "zero", "denormal"),
+    *("tiny", "huge", "integers"),
+)
+LENGTHS = {"denormal": (-40, -39), "tiny": (-44, 1), "huge": (-10, 36)}
+LEVELS = range(native.level() + 1)
+TIERS = [*(f"native {level}" for level in LEVELS), "torch", "reference"]
+
+
+def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFloatArray:
+    rows = rng.standard_normal((count, dim)).astype(np.float32)
+    if kind in LENGTHS:  # by powers of ten
+        return rows * np.float32(10) ** rng.integers(*LENGTHS[kind], (count, 1)).astype(np.float32)
+    if kind == "clip":
+        rows = rows / np.sqrt(np.arange(1, dim + 1, dtype=np.float32)) + 1
+    elif kind == "clustered":
+        centres = rng.standard_normal((4, dim)).astype(np.float32)
+        rows = centres[rng.integers(0, 4, count)] + rows * np.float32(1e-3)
+    elif kind == "duplicated":
+        rows = rows[rng.integers(0, 5, count) % max(count, 1)]
+    elif kind == "one_hot":
+        rows = np.zeros((count, dim), np.float32)
+        rows[np.arange(count), rng.integers(0, dim, count)] = 1
+    elif kind == "constant":
+        rows[:] = 0.7
+    elif kind == "zero":
+        rows[rng.random(count) < 0.7] = 0
+    elif kind == "integers":
+        rows = rng.integers(-2, 3, (count, dim)).astype(np.float32)
+    return rows
+
+
+def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object) -> ExactIndex:
+    """An index with the scan of `native <level>` or of another tier."""
+    name, _, level = tier.partition(" ")
+    config = ExactConfig(tier=Tier[name], metric=metric, **options)  # type: ignore[arg-type]
+    index = ExactIndex(config, dim)
+    if level:
+        index._scan = NativeScan(index._rows, int(level))
+    return index
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same(one: SearchResult, other: SearchResult) -> None:
+    np.testing.assert_array_equal(one.ids, other.ids)
+    np.testing.assert_array_equal(one.scores, other.scores)
+
+
+class Case(NamedTuple):
+    rows: AnyFloatArray
+    queries: AnyFloatArray
+    k: int
+    metric: Metric
+    seed: int
+
+
+@st.composite
+def searches(draw: st.DrawFn, largest: int = 3000) -> Case:
+    """A search; the work of brute force is bounded."""
+    dim = draw(st.sampled_from([1, 2, 3, 7, 8, 63, 64, 65, 100, 512, 1000, 4096]))
+    count = draw(st.sampled_from([1, 2, 63, 64, 65, 200, 1023, 1025, largest]))
+    count = min(count, 4_000_000 // dim)
+    most = max(1, min(300, 40_000_000 // (count * dim)))
+    num_queries = draw(st.sampled_from([0, 1, 2, 6, 7, 13, 300]))
+    seed = draw(st.integers(0, 2**16))
+    rng = np.random.default_rng(seed)
+    rows = rows_of(draw(st.sampled_from(KINDS)), count, dim, rng)
+    queries = rows_of(draw(st.sampled_from(KINDS)), min(num_queries, most), dim, rng)
+    if draw(st.booleans()) and len(queries):
+        queries[::2] = rows[rng.integers(0, count, len(queries[::2]))]
+    k = draw(st.sampled_from([1, 2, 10, 100, count // 5 or 1, count]))
+    return Case(rows, queries, min(k, count), draw(st.sampled_from(list(Metric))), seed)
+
+
+def thorough(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@thorough(25)
+@given(searches())
+def test_every_tier_finds_what_brute_force_finds(case: Case) -> None:
+    check_every_tier(case)
+
+
+@pytest.mark.slow
+@thorough(200)
+@given(searches(largest=20_000))
+def test_every_tier_finds_what_brute_force_finds_among_many(case: Case) -> None:
+    check_every_tier(case)
+
+
+def check_every_tier(case: Case) -> None:
+    """Before and after rows are deleted, and once they are back, with several threads."""
+    rows, queries, k, metric, seed = case
+    rng = np.random.default_rng(seed)
+    count, dim = rows.shape
+    ids = rng.permutation(3 * count)[:count]
+    gone = np.unique(rng.integers(0, count, count // 3))
+    kept, asked = rows, queries
+    if metric is Metric.cosine:
+        kept = unit_rows(rows)
+        asked = queries / divisors(queries)[:, None]  # fp64
+    alive = np.setdiff1d(np.arange(count), gone)
+    order = np.concatenate([alive, gone])
+    first: list[SearchResult] = []
+    for number, tier in enumerate(TIERS):
+        index = make(tier, dim, metric)
+        cut = int(rng.integers(0, count + 1))
+        index.add(rows[:cut], ids[:cut])
+        index.search(queries[:1], 1)
+        index.add(rows[cut:], ids[cut:])
+        with threads(1 + number % 3):
+            before = index.search(queries, k)
+            index.delete(ids[gone])
+            after = index.search(queries, min(k, max(len(alive), 1)))
+            index.add(rows[gone], ids[gone])
+            again = index.search(queries, k)
+        if not first:
+            assert_equal_up_to_ties(before, kept, ids, asked)
+            if len(alive):
+                assert_equal_up_to_ties(after, kept[alive], ids[alive], asked)
+            assert_equal_up_to_ties(again, kept[order], ids[order], asked)
+            first = [before, after, again]
+        for found, want in zip((before, after, again), first, strict=True):
+            assert_same(found, want)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("kind", ["clip", "duplicated", "integers", "constant"])
+def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
+    rng = np.random.default_rng(1)
+    rows, queries = rows_of(kind, 2500, 24, rng), rows_of(kind, 9, 24, rng)
+    index = make(tier, 24)
+    index.add(rows)
+    want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
+    for count in (1, 2, 5):
+        with threads(count):
+            assert_same(index.search(queries, 15), want)
+            single = [index.search(query[None], 15) for query in queries]
+            assert_same(SearchResult(*map(np.concatenate, zip(*single, strict=True))), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [1, 5, 64, 700])
+def test_the_bounds_hold(kind: str, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    rows = rows_of(kind, 300, dim, rng)
+    queries = unit_rows(rows_of("random", 20, dim, rng)).astype(np.float64)
+    frame = Frame.of(rows[:50])
+    parts = [coded for _, coded in frame.code_rows(rows)]
+    coded = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    codes, scale, error = frame.code_queries(queries)
+    # As scan.c computes it, in fp32.
+    dots = (codes.astype(np.int64) @ coded.codes.astype(np.int64).T).astype(np.float32)
+    middle = dots * scale[:, None] * coded.scale
+    width = error[:, None] * coded.norm + coded.error
+    true = queries @ rows.astype(np.float64).T
+    centred = true - (queries @ frame.centre)[:, None]
+    length = np.linalg.norm(rows.astype(np.float64), axis=1)
+    ties = 2.0**-23 * np.abs(true) + 1e-15 * (length + np.linalg.norm(frame.centre))
+    assert (centred + ties <= (middle + width)).all()
+    assert (centred - ties >= (middle - width)).all()
+    assert np.isfinite(middle + width).all()
+    if kind in ("random", "clip") and dim >= 64:
+        moved = np.linalg.norm(rows - frame.centre, axis=1)
+        assert (coded.error < 0.02 * moved).all()  # and are tight enough to be of use
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_codes_are_read_as_they_were_written(packed: bool) -> None:
+    rng = np.random.default_rng(0)
+    store = CodeStore(13, packed, shard_rows=192)
+    parts = []
+    for count in (1, 5, 63, 64, 200, 0, 1, 900):
+        columns = (rng.random(count).astype(np.float32) for _ in range(3))
+        codes = rng.integers(-127, 128, (count, 13)).astype(np.int8)
+        parts.append(CodedRows(codes, *columns))
+        store.append(parts[-1])
+    every = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    for start, stop in ((0, 1234), (60, 70), (191, 193), (500, 501)):
+        for one, other in zip(store.rows(start, stop), every, strict=True):
+            np.testing.assert_array_equal(one, other[start:stop])
+    assert [shard.used for shard in store.shards] == [192] * 6 + [82]
+
+
+@pytest.mark.parametrize("memory", list(RowMemory))
+def test_memory_is_what_is_asked_for(memory: RowMemory) -> None:
+    rng = np.random.default_rng(0)
+    rows = unit_rows(rng.standard_normal((4096, 64)).astype(np.float32)).astype(np.float16)
+    index = make("native 0", 64, memory=memory)
+    index.add(rows, normalized=True)
+    bytes_a_value = 4 if memory is RowMemory.fp32 else 2
+    # Values, an fp64 norm, an int64 id; a code a value, and three fp32 numbers.
+    assert index.nbytes == 4096 * (64 * bytes_a_value + 8 + 8 + 64 + 3 * 4)
+    queries = rng.standard_normal((9, 64)).astype(np.float32)
+    want = brute_force(rows, np.arange(4096), queries, 20, Metric.cosine)
+    assert_same(index.search(queries, 20), want)
+
+
+@pytest.mark.parametrize("memory", list(RowMemory))
+@pytest.mark.parametrize("tier", TIERS[-3:])
+def test_a_loaded_index_has_the_codes_that_were_written(
+    tier: str, memory: RowMemory, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    rows, queries = rng.standard_normal((2, 700, 24)).astype(np.float32)
+    index = make(tier, 24, memory=memory)
+    index.add(rows[:600])
+    index.delete(np.arange(3, 500, 7))
+    index.write(tmp_path / "index")
+    loaded = make(tier, 24, memory=memory)
+    loaded.read(tmp_path / "index")
+    other = make("reference" if "reference" not in tier else TIERS[0], 24, memory=memory)
+    other.read(tmp_path / "index")  # a file without codes gets them; codes are not needed
+    mapped = [isinstance(part.rows, np.memmap) for part in loaded._rows.parts]
+    assert mapped == [memory is RowMemory.stored]
+    for each in (loaded, other):
+        assert len(each) == len(index)
+        assert_same(each.search(queries[:40], 20), index.search(queries[:40], 20))
+    if loaded._scan and index._scan:
+        alive = index._rows.ids.array >= 0
+        for name, parts in loaded._scan.coded.arrays(alive[alive]).items():
+            kept = index._scan.coded.arrays(alive)[name]
+            np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(kept))
+        loaded.add(rows[600:])
+        index.add(rows[600:], np.arange(600, 700))
+        assert_same(loaded.search(queries[:9], 5), index.search(queries[:9], 5))
+
+
+def test_few_rows_are_scored_exactly() -> None:
+    rng = np.random.default_rng(0)
+    rows = rows_of("clip", 20_000, 64, rng)
+    index = make(f"native {native.level()}", 64)
+    index.add(rows)
+    scan = index._scan
+    assert isinstance(scan, NativeScan)
+    coded = scan.coded.queries(unit_rows(rows[:50]).astype(np.float64))
+    parts = [(part.start, part.rows) for part in index._rows.parts]
+    arguments = (scan.coded.store.shards, parts, index._rows.ids.array, coded, 10)
+    found = native.search(*arguments, cosine=True, threads=1, level=native.level())
+    assert 10 <= found.reranked / 50 < 60
+    assert found.collected / 50 < 1500
+
+
+def test_a_missing_library_means_another_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiers.choose_tier(Tier.auto) is Tier.native
+    assert tiers.describe().startswith(f"tier 1, C: {native.level_name(native.level())}")
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(torch_scan, "probe", lambda: torch_scan.Probe(True, True))
+    assert tiers.choose_tier(Tier.auto) is Tier.torch
+    assert tiers.describe().startswith("tier 2, int8 in torch; the C extension was not built")
+    rows = rows_of("random", 300, 8, np.random.default_rng(0))
+    index = ExactIndex(ExactConfig(), 8)
+    index.add(rows)
+    assert index.search(rows, 1).ids[:, 0].tolist() == list(range(300))
+    monkeypatch.setattr(torch_scan, "probe", lambda: torch_scan.Probe(False, False))
+    assert tiers.choose_tier(Tier.auto) is Tier.reference
+    assert tiers.describe().startswith("tier 3, fp32 in torch; the C extension was not built")
+    assert make("auto", 8)._scan is None
+    with pytest.raises(ConfigError, match="index.tier=torch does not run here.*index.tier=auto"):
+        ExactIndex(ExactConfig(tier=Tier.torch), 8)
+    with pytest.raises(ConfigError, match="index.tier=native does not run here.*index.tier=auto"):
+        ExactIndex(ExactConfig(tier=Tier.native), 8)
