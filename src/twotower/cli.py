@@ -25,7 +25,7 @@ COMMANDS = {
     "info": "show the machine, the versions and what is available",
 }
 
-FREE_TEXT = ("query", "query_image", "filter", "path")
+FREE_TEXT = ("query", "query_image", "query_file", "filter", "path")
 
 # The free text that each command reads; `verb` is a bare word.
 READS = {
@@ -33,7 +33,7 @@ READS = {
     "doctor": ("path",),
     "encode": ("path",),
     "store": ("verb", "path"),
-    "search": ("query", "query_image"),
+    "search": ("query", "query_image", "query_file"),
     "export": ("path",),
 }
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.model_config import ModelConfig
+from twotower.search_config import SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
 from twotower.train_config import LossConfig, TrainConfig
 
@@ -160,17 +161,6 @@ class ProbeConfig(Section):
 
 
 @dataclass(kw_only=True)
-class SearchConfig(Section):
-    """One query's answer."""
-
-    section: ClassVar[str] = "search"
-
-    k: int = setting(25, "results a query", ge=1)
-    grid: bool = setting(True, "write a picture of the results")
-    output: str = setting("", "folder of the pictures; by default logs/<run.name>/search")
-
-
-@dataclass(kw_only=True)
 class BenchmarkConfig(Section):
     """Indexes compared on the same queries."""
 
@@ -249,5 +239,6 @@ class FreeText:
     verb: str | None = None
     query: str | None = None
     query_image: str | None = None
+    query_file: str | None = None
     filter: str | None = None
     path: str | None = None

@@ -38,8 +38,10 @@ WORDS: dict[str, dict[str, str]] = {
         "path=PATH": "the folder of the store that merge writes",
     },
     "search": {
-        "query=TEXT": "pictures that fit these words; the text arrives as typed, whatever it holds",
+        "query=TEXT": 'what to find: words, as typed; or a formula of "words", img:<file> and '
+        'vec:<file>, as in 2*"dog" + img:pool.jpg - "leash"',
         "query_image=PATH": "pictures that look like this one",
+        "query_file=PATH": "many queries: a text file with one a line, or a .npy file of vectors",
     },
     "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }

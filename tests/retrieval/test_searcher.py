@@ -13,7 +13,7 @@ from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
-from twotower.retrieval.searcher import Hit, Searcher
+from twotower.retrieval.searcher import Hit, Options, Searcher
 from twotower.settings import ConfigError
 
 
@@ -70,3 +70,12 @@ def test_an_approximate_index_may_find_fewer(store: EmbeddingStore) -> None:
     hits = Searcher(Encoder(tiny_bundle()), store, index).search_texts(["a"], COUNT)[0]
     assert 0 < len(hits) < COUNT
     assert all(isinstance(hit, Hit) for hit in hits)
+
+
+def test_a_threshold_leaves_out_what_scores_below(searcher: Searcher) -> None:
+    every = searcher.search(['2*"red" - "blue"'], Options(k=COUNT))[0]
+    limit = every[10].score
+    hits = searcher.search(['2*"red" - "blue"'], Options(k=COUNT, threshold=limit))[0]
+    assert hits == [hit for hit in every if hit.score >= limit]
+    assert 10 < len(hits) < COUNT
+    assert searcher.search(["red"], Options(threshold=2.0)) == [[]]

@@ -39,13 +39,13 @@ def load_templates(name: str, setting: str = "zeroshot.templates") -> list[str]:
     return [line for _, line in lines]
 
 
-def text_or_templates(setting: str) -> list[str]:
-    """The templates that `data.templates` names, or itself if it is one.
+def text_or_templates(value: str, setting: str = "data.templates") -> list[str]:
+    """The templates that the value of a setting names, or itself if it is one.
 
     Raises:
         ConfigError: as `load_templates`.
     """
-    return [setting] if PLACE in setting else load_templates(setting, "data.templates")
+    return [value] if PLACE in value else load_templates(value, setting)
 
 
 def templated(words: Sequence[str], templates: Sequence[str]) -> pa.ListArray:

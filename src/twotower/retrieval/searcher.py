@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from twotower.embedding.encoder import Encoder
+from twotower.embedding.pictures import Picture
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.index import NO_ID, AnyFloatArray, VectorIndex
+from twotower.retrieval.query import Query, as_queries
+from twotower.retrieval.query_vectors import query_vectors
+from twotower.search_config import ALL_SCORES
 from twotower.settings import ConfigError
 
 
@@ -25,6 +27,21 @@ class Hit:
     caption: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is asked of an answer, whatever the query.
+
+    Attributes:
+        k: results a query, at most.
+        threshold: results with at least this score only.
+        templates: prompts with `{}`, whose mean stands for a text; none takes the text as it is.
+    """
+
+    k: int = 25
+    threshold: float = ALL_SCORES
+    templates: tuple[str, ...] = ()
+
+
 class Searcher:
     """Searches a store through an index with the encoder that made the store's embeddings."""
 
@@ -33,41 +50,45 @@ class Searcher:
         self.store = store
         self.index = index
 
+    def search(self, queries: Sequence[Query | str], options: Options) -> list[list[Hit]]:
+        """The best rows of each query, as typed or made, best first.
+
+        Raises:
+            ConfigError: a query cannot be read, or k is beyond the rows of the store.
+        """
+        self.check_k(options.k)
+        asked = as_queries(queries)
+        return self.search_vectors(query_vectors(asked, self.encoder, options.templates), options)
+
     def search_texts(self, texts: Sequence[str], k: int) -> list[list[Hit]]:
-        """The best k rows of each text, best first.
+        """The best k rows of each text, taken as words whatever it looks like.
 
         Raises:
             ConfigError: a text is blank or not valid Unicode, or k is beyond the rows of the store.
         """
-        self.check_k(k)
-        for text in texts:
-            check_text(text)
-        return self.search_vectors(self.encoder.encode_texts(texts), k)
+        return self.search([Query.of_text(text) for text in texts], Options(k=k))
 
-    def search_images(
-        self, images: Sequence[Path | str | bytes | Image.Image], k: int
-    ) -> list[list[Hit]]:
+    def search_images(self, images: Sequence[Picture], k: int) -> list[list[Hit]]:
         """The best k rows of each picture, best first.
 
         Raises:
             ConfigError: a picture cannot be read, or k is beyond the rows of the store.
         """
-        self.check_k(k)
-        return self.search_vectors(self.encoder.encode_images(images), k)
+        return self.search([Query.of_image(image) for image in images], Options(k=k))
 
-    def search_vectors(self, queries: AnyFloatArray, k: int) -> list[list[Hit]]:
-        """The best k rows of each query vector (Q, D), best first.
+    def search_vectors(self, queries: AnyFloatArray, options: Options) -> list[list[Hit]]:
+        """The best rows of each query vector (Q, D), best first.
 
         An approximate index may find fewer than k.
 
         Raises:
             ConfigError: k is beyond the rows of the store, or the vectors cannot be searched.
         """
-        self.check_k(k)
-        scores, ids = self.index.search(queries, k)
+        self.check_k(options.k)
+        scores, ids = self.index.search(queries, options.k)
         found = []
         for row_scores, row_ids in zip(scores, ids, strict=True):
-            known = row_ids != NO_ID
+            known = (row_ids != NO_ID) & (row_scores >= options.threshold)
             rows = self.store.metadata(row_ids[known])
             hits = [
                 Hit(rank, float(score), int(row_id), Path(row["image_path"]), row["caption"] or "")
@@ -89,17 +110,3 @@ class Searcher:
                 f"search.k is {k}, but the store {self.store.folder} has {len(self.index)} rows; "
                 f"use search.k={len(self.index)} or less"
             )
-
-
-def check_text(text: str) -> None:
-    """Refuse a query that says nothing.
-
-    Raises:
-        ConfigError: it is blank, or its bytes are no valid UTF-8.
-    """
-    if not text.strip():
-        raise ConfigError('the query is empty; give words, for example query="a dog on the beach"')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("the query is not valid UTF-8 text") from error

@@ -18,13 +18,15 @@ from rich.text import Text
 
 from twotower.config import Config, FreeText
 from twotower.console import print_table, say
+from twotower.data.templates import text_or_templates
 from twotower.distributed import resolve_device
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.fingerprint import check_space
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.grid import picture_name, write_grid
 from twotower.retrieval.kept import open_index
-from twotower.retrieval.searcher import Hit, Searcher, check_text
+from twotower.retrieval.query import Query, parse_query, read_queries
+from twotower.retrieval.searcher import Hit, Options, Searcher
 from twotower.runs import logs_path, store_path
 from twotower.settings import ConfigError
 from twotower.wandb_files import CHECKPOINTS, local_file
@@ -32,42 +34,70 @@ from twotower.wandb_files import CHECKPOINTS, local_file
 log = logging.getLogger(__name__)
 
 PROMPT = "search for: "
+BATCH = 32  # queries that are encoded at a time where there are several
 CUT = 300  # characters of a path or caption in the table
 
 
 def search_store(config: Config, free: FreeText) -> None:
-    """Answer the query that was given, or ask for queries until the input ends.
+    """Answer the queries that were given, or ask for queries until the input ends.
 
     Raises:
-        ConfigError: the query, the store, its checkpoint or k is not fit for a search.
+        ConfigError: a query, the store, its checkpoint or k is not fit for a search.
     """
-    _check_words(free)
-    searcher = open_searcher(config)
-    if free.query is not None:
-        answer_text(searcher, config, free.query)
-    elif free.query_image is not None:
-        hits = searcher.search_images([free.query_image], config.search.k)[0]
-        show(hits, free.query_image, config)
-    else:
-        searcher.check_k(config.search.k)
-        prompt(lambda text: answer_text(searcher, config, text))
+    queries = given_queries(free)
+    options = options_of(config)
+    searcher = open_searcher(config, batch_size=1 if len(queries) < 2 else BATCH)
+    searcher.check_k(options.k)
+    for query, hits in zip(queries, searcher.search(queries, options), strict=True):
+        show(hits, query.label, config)
+    if not queries:
+
+        def answer(text: str) -> None:
+            query = parse_query(text)
+            query.check_files()
+            show(searcher.search([query], options)[0], text, config)
+
+        prompt(answer)
 
 
-def _check_words(free: FreeText) -> None:
+def given_queries(free: FreeText) -> list[Query]:
+    """The queries of a command's free text; none if it gives none.
+
+    Raises:
+        ConfigError: it gives more than one kind, a query is malformed, or a file is not there.
+    """
     if free.verb is not None:
         raise ConfigError(f"search takes words as query=..., for example query={free.verb!r}")
-    for name in ("filter", "path"):
-        if getattr(free, name) is not None:
-            raise ConfigError(f"search does not take {name}=; it takes query= or query_image=")
-    if free.query is not None and free.query_image is not None:
-        raise ConfigError("give query= or query_image=, not both")
+    given = {name: getattr(free, name) for name in ("query", "query_image", "query_file")}
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(f"give {' or '.join(names)}, not both")
     if free.query is not None:
-        check_text(free.query)
-    if free.query_image is not None and not os.path.isfile(free.query_image):
-        raise ConfigError(f"query_image={free.query_image}: there is no such picture")
+        queries = [parse_query(free.query)]
+    elif free.query_image is not None:
+        if not os.path.isfile(free.query_image):
+            raise ConfigError(f"query_image={free.query_image}: there is no such picture")
+        queries = [Query.of_image(free.query_image)]
+    else:
+        queries = read_queries(Path(free.query_file)) if free.query_file is not None else []
+    for query in queries:
+        query.check_files()
+    return queries
 
 
-def open_searcher(config: Config) -> Searcher:
+def options_of(config: Config) -> Options:
+    """What the search section asks of an answer.
+
+    Raises:
+        ConfigError: the templates are missing or malformed.
+    """
+    section = config.search
+    named = section.templates
+    templates = tuple(text_or_templates(named, "search.templates")) if named else ()
+    return Options(k=section.k, threshold=section.threshold, templates=templates)
+
+
+def open_searcher(config: Config, batch_size: int = 1) -> Searcher:
     """The store of a config, an index of its pictures, and the encoder that made it.
 
     Raises:
@@ -77,8 +107,8 @@ def open_searcher(config: Config) -> Searcher:
         torch.set_num_threads(config.distributed.num_threads)
     store = EmbeddingStore.open(store_path(config))
     checkpoint = checkpoint_of(store, config.checkpoint)
-    # One query at a time, so no batch to pad.
-    encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=1)
+    # Batches are padded to their size, so a single query is no batch.
+    encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=batch_size)
     check_space(store.manifest, store.folder, encoder.description(), f"checkpoint {checkpoint}")
     return Searcher(encoder, store, open_index(config.index, store, config.seed))
 
@@ -102,11 +132,6 @@ def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:
     raise ConfigError(
         f"the checkpoint {places[0]} of the store {store.folder} is not there; give checkpoint=..."
     )
-
-
-def answer_text(searcher: Searcher, config: Config, text: str) -> None:
-    """Search for one text, and show what was found."""
-    show(searcher.search_texts([text], config.search.k)[0], text, config)
 
 
 def prompt(answer: Callable[[str], None]) -> None:
