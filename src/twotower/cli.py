@@ -33,7 +33,7 @@ READS = {
     "doctor": ("path",),
     "encode": ("path",),
     "store": ("verb", "path"),
-    "search": ("query", "query_image", "query_file"),
+    "search": ("query", "query_image", "query_file", "filter"),
     "export": ("path",),
 }
 

@@ -42,6 +42,7 @@ WORDS: dict[str, dict[str, str]] = {
         'vec:<file>, as in 2*"dog" + img:pool.jpg - "leash"',
         "query_image=PATH": "pictures that look like this one",
         "query_file=PATH": "many queries: a text file with one a line, or a .npy file of vectors",
+        "filter=CONDITION": 'only rows that pass, as in width>=512 and class in ["cat", "dog"]',
     },
     "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }

@@ -24,6 +24,10 @@ class SearchConfig(Section):
         "prompts whose mean stands for a text: openai80, simple7, a file, or one with {} in it; "
         "empty takes the text as it is",
     )
+    deduplicate: bool = setting(False, "leave out what is nearly the same as a better result")
+    duplicate_cosine: float = setting(
+        0.94, "cosine from which on two results are nearly the same", gt=-1, le=1
+    )
     grid: bool = setting(True, "write a picture of the results")
     output: str = setting("", "folder of the pictures; by default logs/<run.name>/search")
 

@@ -11,6 +11,7 @@ from tests.retrieval.conftest import CAPTIONS, COUNT
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index
+from twotower.retrieval.collection import Collection
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.searcher import Hit, Options, Searcher
@@ -19,7 +20,7 @@ from twotower.settings import ConfigError
 
 @pytest.fixture
 def searcher(store: EmbeddingStore) -> Searcher:
-    return Searcher(Encoder(tiny_bundle()), store, build_index(ExactConfig(), store))
+    return Searcher(Encoder(tiny_bundle()), Collection(store, build_index(ExactConfig(), store)))
 
 
 def test_finds_what_a_plain_product_finds(searcher: Searcher, store: EmbeddingStore) -> None:
@@ -67,7 +68,7 @@ def test_more_results_than_rows_are_refused(searcher: Searcher) -> None:
 
 def test_an_approximate_index_may_find_fewer(store: EmbeddingStore) -> None:
     index = build_index(FaissConfig(factory="IVF4,Flat", nprobe=1), store)
-    hits = Searcher(Encoder(tiny_bundle()), store, index).search_texts(["a"], COUNT)[0]
+    hits = Searcher(Encoder(tiny_bundle()), Collection(store, index)).search_texts(["a"], COUNT)[0]
     assert 0 < len(hits) < COUNT
     assert all(isinstance(hit, Hit) for hit in hits)
 

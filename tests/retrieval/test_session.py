@@ -235,11 +235,32 @@ def test_every_line_of_a_file_is_a_query(
 
 def test_templates_and_threshold_of_the_config_reach_the_search(config: Config) -> None:
     section = SearchConfig(k=3, threshold=0.1, templates="a photo of a {}.")
-    options = session.options_of(dataclasses.replace(config, search=section))
+    options = session.options_of(dataclasses.replace(config, search=section), FreeText())
     assert options == Options(k=3, threshold=0.1, templates=("a photo of a {}.",))
-    assert session.options_of(config) == Options()
+    assert session.options_of(config, FreeText()) == Options()
     section = SearchConfig(templates="none.txt")
     with pytest.raises(ConfigError, match="search.templates must be openai80, simple7 or a file"):
-        session.options_of(dataclasses.replace(config, search=section))
+        session.options_of(dataclasses.replace(config, search=section), FreeText())
     with pytest.raises(ConfigError, match="search.threshold must be a score"):
         SearchConfig(threshold=float("nan"))
+
+
+def test_filter_and_near_duplicates_reach_the_search(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(k=3, grid=False))
+    search.run(config, FreeText(query="a", filter="row_id in [3, 9, 20, 21] and source_row > 4"))
+    rows = [line.split()[2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert sorted(Path(row).name[:4] for row in rows) == ["0009", "0020", "0021"]
+    section = SearchConfig(deduplicate=True, duplicate_cosine=0.8)
+    options = session.options_of(
+        dataclasses.replace(config, search=section), FreeText(filter="row_id > 3")
+    )
+    assert (options.filter, options.duplicates) == ("row_id > 3", 0.8)
+    for condition, sentence in (
+        ("", "filter= is empty"),
+        ("row_id >", "cannot read the filter at its end"),
+        ("size > 3", "the filter names the column size, but the store has image_path, caption"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            search.run(config, FreeText(query="a", filter=condition))

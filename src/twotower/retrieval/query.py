@@ -133,7 +133,7 @@ def parse_query(text: str, *, files: bool = True) -> Query:
     if not _FORMULA.match(text):
         return Query.of_text(text)
     reader = Reader(text, "query")
-    terms = []
+    terms: list[Term] = []
     while not terms or not reader.at_end():
         sign = reader.match(_SIGN)
         if terms and sign is None:

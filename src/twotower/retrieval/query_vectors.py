@@ -33,7 +33,10 @@ def query_vectors(
     """
     texts = _distinct(queries, TermKind.text)
     images = _distinct(queries, TermKind.image)
-    of_text = dict(zip(texts, text_vectors(list(texts), encoder, templates), strict=True))
+    words = [str(text) for text in texts]
+    of_text: dict[Hashable, AnyFloatArray]
+    of_text = dict(zip(words, text_vectors(words, encoder, templates), strict=True))
+    of_image: dict[Hashable, AnyFloatArray]
     of_image = dict(zip(images, encoder.encode_images(list(images.values())), strict=True))
 
     def vector(term: Term) -> AnyFloatArray:

@@ -23,6 +23,7 @@ from twotower.distributed import resolve_device
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.fingerprint import check_space
 from twotower.embedding.store import EmbeddingStore
+from twotower.retrieval.collection import Collection
 from twotower.retrieval.grid import picture_name, write_grid
 from twotower.retrieval.kept import open_index
 from twotower.retrieval.query import Query, parse_query, read_queries
@@ -45,9 +46,9 @@ def search_store(config: Config, free: FreeText) -> None:
         ConfigError: a query, the store, its checkpoint or k is not fit for a search.
     """
     queries = given_queries(free)
-    options = options_of(config)
+    options = options_of(config, free)
     searcher = open_searcher(config, batch_size=1 if len(queries) < 2 else BATCH)
-    searcher.check_k(options.k)
+    searcher.check(options)
     for query, hits in zip(queries, searcher.search(queries, options), strict=True):
         show(hits, query.label, config)
     if not queries:
@@ -85,16 +86,24 @@ def given_queries(free: FreeText) -> list[Query]:
     return queries
 
 
-def options_of(config: Config) -> Options:
-    """What the search section asks of an answer.
+def options_of(config: Config, free: FreeText) -> Options:
+    """What the search section and `filter=` ask of an answer.
 
     Raises:
-        ConfigError: the templates are missing or malformed.
+        ConfigError: the templates are missing or malformed, or the filter is empty.
     """
     section = config.search
     named = section.templates
     templates = tuple(text_or_templates(named, "search.templates")) if named else ()
-    return Options(k=section.k, threshold=section.threshold, templates=templates)
+    if free.filter is not None and not free.filter.strip():
+        raise ConfigError('filter= is empty; give a condition, for example filter="width>=512"')
+    return Options(
+        k=section.k,
+        threshold=section.threshold,
+        templates=templates,
+        filter=free.filter or "",
+        duplicates=section.duplicate_cosine if section.deduplicate else None,
+    )
 
 
 def open_searcher(config: Config, batch_size: int = 1) -> Searcher:
@@ -110,7 +119,7 @@ def open_searcher(config: Config, batch_size: int = 1) -> Searcher:
     # Batches are padded to their size, so a single query is no batch.
     encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=batch_size)
     check_space(store.manifest, store.folder, encoder.description(), f"checkpoint {checkpoint}")
-    return Searcher(encoder, store, open_index(config.index, store, config.seed))
+    return Searcher(encoder, Collection(store, open_index(config.index, store, config.seed)))
 
 
 def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:
