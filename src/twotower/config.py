@@ -58,7 +58,18 @@ class IndexConfig(Choice):
 
     section: ClassVar[str] = "index"
 
+    # What is searched together; it changes no index.
+    not_of_the_rows: ClassVar[tuple[str, ...]] = ("collections", "partition_by")
+
     metric: Metric = setting(Metric.cosine, "cosine, or ip for the plain inner product")
+    collections: list[str] = setting(
+        [],
+        "what is searched, by name: stores in the folder store=..., or paths of stores; with "
+        "partition_by values of its column; empty is all",
+    )
+    partition_by: str = setting(
+        "", "column of the store of which each value makes a collection with an index of its own"
+    )
 
 
 def check_run_name(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,13 @@ from typing import ClassVar
 from twotower.settings import ConfigError, Section, setting
 
 ALL_SCORES = -math.inf
+
+
+class Searched(enum.Enum):
+    """What a query is compared with: the pictures of a store, or their captions."""
+
+    image = "image"
+    text = "text"
 
 
 @dataclass(kw_only=True)
@@ -19,6 +27,7 @@ class SearchConfig(Section):
 
     k: int = setting(25, "results a query", ge=1)
     threshold: float = setting(ALL_SCORES, "results with at least this score only")
+    modality: Searched = setting(Searched.image, "image: search pictures; text: captions")
     templates: str = setting(
         "",
         "prompts whose mean stands for a text: openai80, simple7, a file, or one with {} in it; "

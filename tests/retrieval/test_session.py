@@ -16,8 +16,9 @@ from twotower.config import Config, FreeText
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval import session
 from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.opening import checkpoint_of
 from twotower.retrieval.searcher import Options
-from twotower.retrieval.session import checkpoint_of, print_hits, prompt
+from twotower.retrieval.session import print_hits, prompt
 from twotower.search_config import SearchConfig
 from twotower.settings import ConfigError
 

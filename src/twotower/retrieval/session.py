@@ -12,25 +12,18 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
 from twotower.config import Config, FreeText
 from twotower.console import print_table, say
 from twotower.data.templates import text_or_templates
-from twotower.distributed import resolve_device
-from twotower.embedding.encoder import Encoder
-from twotower.embedding.fingerprint import check_space
-from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval.collection import Collection
 from twotower.retrieval.grid import picture_name, write_grid
-from twotower.retrieval.kept import open_index
+from twotower.retrieval.opening import open_searcher
 from twotower.retrieval.query import Query, parse_query, read_queries
-from twotower.retrieval.searcher import Hit, Options, Searcher
-from twotower.runs import logs_path, store_path
+from twotower.retrieval.searcher import Hit, Options
+from twotower.runs import logs_path
 from twotower.settings import ConfigError
-from twotower.wandb_files import CHECKPOINTS, local_file
 
 log = logging.getLogger(__name__)
 
@@ -106,43 +99,6 @@ def options_of(config: Config, free: FreeText) -> Options:
     )
 
 
-def open_searcher(config: Config, batch_size: int = 1) -> Searcher:
-    """The store of a config, an index of its pictures, and the encoder that made it.
-
-    Raises:
-        ConfigError: one of them is missing, or the checkpoint is not the one that made the store.
-    """
-    if config.distributed.num_threads:
-        torch.set_num_threads(config.distributed.num_threads)
-    store = EmbeddingStore.open(store_path(config))
-    checkpoint = checkpoint_of(store, config.checkpoint)
-    # Batches are padded to their size, so a single query is no batch.
-    encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=batch_size)
-    check_space(store.manifest, store.folder, encoder.description(), f"checkpoint {checkpoint}")
-    return Searcher(encoder, Collection(store, open_index(config.index, store, config.seed)))
-
-
-def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:
-    """The checkpoint that made a store: the one asked for, the one it names, or one beside it.
-
-    Raises:
-        ConfigError: it is not there, or another one made the store.
-    """
-    if not asked and not store.manifest.checkpoint:
-        raise ConfigError(
-            f"the store {store.folder} does not say which checkpoint made it; give checkpoint=..."
-        )
-    named = local_file(asked or store.manifest.checkpoint, CHECKPOINTS)
-    places = [named] if asked else [named, store.folder.parent / named.name]
-    for place in places:
-        if place.is_file():
-            store.check_checkpoint(place)
-            return place
-    raise ConfigError(
-        f"the checkpoint {places[0]} of the store {store.folder} is not there; give checkpoint=..."
-    )
-
-
 def prompt(answer: Callable[[str], None]) -> None:
     """Read queries line by line, as typed, until the input ends (Ctrl-D) or Ctrl-C.
 
@@ -181,15 +137,16 @@ def show(hits: Sequence[Hit], query: str, config: Config) -> None:
 
 def print_hits(hits: Sequence[Hit]) -> None:
     """Rank, score, path and caption on stdout; as wide as it takes where no terminal limits it."""
-    table = Table("rank", "score", "path", "caption", box=None, pad_edge=False)
+    several = any(hit.collection for hit in hits)
+    names = ("rank", "score", "path", "caption", *(["collection"] if several else []))
+    table = Table(*names, box=None, pad_edge=False)
     table.columns[0].justify = table.columns[1].justify = "right"
     table.columns[2].overflow = "fold"
     for hit in hits:
+        texts = (_from_here(hit.path), hit.caption, *([hit.collection] if several else []))
         # Text, not str: what stands in a caption is no markup.
-        caption = Text(one_line(hit.caption))
-        table.add_row(
-            str(hit.rank), f"{hit.score:.4f}", Text(one_line(_from_here(hit.path))), caption
-        )
+        cells = [Text(one_line(text)) for text in texts]
+        table.add_row(str(hit.rank), f"{hit.score:.4f}", *cells)
     print_table(table)
 
 
