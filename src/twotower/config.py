@@ -14,7 +14,7 @@ from typing import ClassVar
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.model_config import ModelConfig
-from twotower.search_config import SearchConfig
+from twotower.search_config import ClassifyConfig, FilterConfig, SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
 from twotower.train_config import LossConfig, TrainConfig
 
@@ -221,6 +221,8 @@ class Config:
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     stores: StoresConfig = dataclasses.field(default_factory=StoresConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
+    filter: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -253,3 +255,4 @@ class FreeText:
     query_file: str | None = None
     filter: str | None = None
     path: str | None = None
+    output: str | None = None

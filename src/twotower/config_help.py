@@ -44,6 +44,14 @@ WORDS: dict[str, dict[str, str]] = {
         "query_file=PATH": "many queries: a text file with one a line, or a .npy file of vectors",
         "filter=CONDITION": 'only rows that pass, as in width>=512 and class in ["cat", "dog"]',
     },
+    "classify": {"path=PATH": "a picture, or a folder of them, instead of those of the store"},
+    "filter": {
+        "query=TEXT": "what to find, as in twotower search",
+        "query_image=PATH": "pictures that look like this one",
+        "filter=CONDITION": "only rows that pass, as in width>=512",
+        "output=PATH": "an empty or new folder to copy into; or a .txt, .csv, .tsv, .jsonl or "
+        ".parquet file to list in",
+    },
     "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
@@ -53,6 +61,8 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "encode": ("seed", "checkpoint"),
     "store": ("seed", "checkpoint", "store"),
     "search": ("seed", "checkpoint", "store"),
+    "classify": ("seed", "checkpoint", "store"),
+    "filter": ("seed", "checkpoint", "store"),
     "benchmark": ("seed", "checkpoint", "store"),
     "export": ("checkpoint", "format"),
 }
@@ -67,6 +77,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "encode": ("data", "encode", "distributed", "run"),
     "store": ("stores", "distributed", "run"),
     "search": ("index", "search", "distributed", "run"),
+    "classify": ("index", "classify", "distributed", "run"),
+    "filter": ("index", "search", "filter", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),
     "compare": ("report", "run"),
     "export": ("run",),

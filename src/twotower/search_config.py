@@ -45,6 +45,59 @@ class SearchConfig(Section):
         check_threshold("search", self.threshold)
 
 
+@dataclass(kw_only=True)
+class ClassifyConfig(Section):
+    """Pictures labelled with the nearest words of a vocabulary."""
+
+    section: ClassVar[str] = "classify"
+
+    vocabulary: str = setting(
+        "", "a file or an http(s) URL: a word a line (or a label, a tab, words), or a JSON tree"
+    )
+    max_megabytes: float = setting(16.0, "largest vocabulary that is read, in MB", gt=0)
+    refresh: bool = setting(False, "fetch a URL again instead of taking what is kept of it")
+    templates: str = setting(
+        "",
+        "prompts of a word: openai80, simple7, a file, or one with {} in it; empty is "
+        "`a photo of a {}.`",
+    )
+    k: int = setting(1, "labels a picture", ge=1)
+    threshold: float = setting(ALL_SCORES, "labels with at least this score only")
+    batch_size: int = setting(32, "pictures or prompts a forward pass", ge=1)
+    output: str = setting(
+        "", "CSV file of the labels; by default logs/<run.name>/classify/labels.csv"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_threshold("classify", self.threshold)
+
+
+@dataclass(kw_only=True)
+class FilterConfig(Section):
+    """The best pictures of a query, copied or listed."""
+
+    section: ClassVar[str] = "filter"
+
+    num_results: int = setting(100, "pictures, at most", ge=1)
+    threshold: float = setting(ALL_SCORES, "pictures with at least this score only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_threshold("filter", self.threshold)
+
+
+@dataclass(kw_only=True)
+class FeedbackConfig(Section):
+    """Hits marked good or bad at the prompt, and the query that follows (Rocchio 1971)."""
+
+    section: ClassVar[str] = "feedback"
+
+    query_weight: float = setting(1.0, "weight of the query as it was asked", ge=0)
+    good_weight: float = setting(0.75, "weight of the mean of the good hits", ge=0)
+    bad_weight: float = setting(0.15, "weight of the mean of the bad hits, subtracted", ge=0)
+
+
 def check_threshold(section: str, threshold: float) -> None:
     """Refuse what is no score.
 

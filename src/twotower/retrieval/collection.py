@@ -24,6 +24,7 @@ from twotower.retrieval.index import (
 
 FEW_ROWS = 20_000  # as many are read and searched exactly at once, whatever the index
 MOST_FETCHED = 4096  # results beyond the k best that an index is asked for
+KEPT_FILTERS = 16  # whose ids are remembered
 BLOCK_ROWS = 65_536  # rows of the store in memory at a time: 128 MB at 512 dimensions
 
 
@@ -64,6 +65,8 @@ class Collection:
             ids = passing(self.store, parse_filter(filter_text, self.store.schema()))
             if self.row_ids is not None:
                 ids = np.intersect1d(ids, self.row_ids, assume_unique=True)
+            if len(self._passing) == KEPT_FILTERS:
+                del self._passing[next(iter(self._passing))]
             self._passing[filter_text] = ids
         return self._passing[filter_text]
 
@@ -113,7 +116,8 @@ class Collection:
             best = np.flatnonzero(passes[place])[:k]
             result.scores[left[place]] = found.scores[place, best]
             result.ids[left[place]] = found.ids[place, best]
-        return left[~enough]
+        rest: npt.NDArray[np.int64] = left[~enough]
+        return rest
 
     def _exactly(self, queries: AnyFloatArray, k: int, selected: IdArray) -> SearchResult:
         """The k best of the selected rows, of which a block is in memory at a time."""
@@ -142,8 +146,8 @@ def among(ids: IdArray, selected: IdArray) -> npt.NDArray[np.bool_]:
     if not len(selected):
         return np.zeros(ids.shape, bool)
     place = np.minimum(np.searchsorted(selected, ids), len(selected) - 1)
-    found: npt.NDArray[np.bool_] = selected[place] == ids
-    return found & (ids != NO_ID)
+    found: npt.NDArray[np.bool_] = (selected[place] == ids) & (ids != NO_ID)
+    return found
 
 
 def merge(results: Sequence[SearchResult], k: int) -> tuple[SearchResult, npt.NDArray[np.int64]]:
