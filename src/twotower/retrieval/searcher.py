@@ -154,6 +154,14 @@ class Searcher:
                 return self._hits(scores[kept], ids[kept], source[kept], options)
             fetched *= 4
 
+    def vectors(self, hits: Sequence[Hit]) -> AnyFloatArray:
+        """The vectors (N, D) of hits of this searcher, as the stores hold them."""
+        number = {collection.name: place for place, collection in enumerate(self.collections)}
+        ids = np.array([hit.row_id for hit in hits], np.int64)
+        # A hit does not say which collection it is of where there is one alone.
+        source = np.array([number.get(hit.collection, 0) for hit in hits], np.int64)
+        return self._vectors(ids, source)
+
     def _vectors(self, ids: IdArray, source: IdArray) -> AnyFloatArray:
         """The vectors (N, D) of rows of several collections."""
         rows = np.empty((len(ids), self.encoder.dim), np.float32)
