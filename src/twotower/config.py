@@ -14,7 +14,7 @@ from typing import ClassVar
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.model_config import ModelConfig
-from twotower.search_config import ClassifyConfig, FilterConfig, SearchConfig
+from twotower.search_config import ClassifyConfig, FeedbackConfig, FilterConfig, SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
 from twotower.train_config import LossConfig, TrainConfig
 
@@ -221,6 +221,7 @@ class Config:
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     stores: StoresConfig = dataclasses.field(default_factory=StoresConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    feedback: FeedbackConfig = dataclasses.field(default_factory=FeedbackConfig)
     classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
     filter: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)

@@ -76,7 +76,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
     "store": ("stores", "distributed", "run"),
-    "search": ("index", "search", "distributed", "run"),
+    "search": ("index", "search", "feedback", "distributed", "run"),
     "classify": ("index", "classify", "distributed", "run"),
     "filter": ("index", "search", "filter", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),

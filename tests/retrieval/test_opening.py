@@ -111,6 +111,17 @@ def test_a_column_makes_a_collection_a_value(
     assert [[hit.row_id for hit in hits] for hits in filtered] == want.tolist()
 
 
+def test_values_of_several_stores_are_told_apart(stores: Path, config: Config) -> None:
+    made = searcher(config, stores, ExactConfig(partition_by="class", collections=["dog"]))
+    assert [part.name for part in made.collections] == ["a/dog", "b/dog", "c/dog"]
+    dogs = np.array([row for row in range(600) if CLASSES[row] == "dog"])
+    want = brute_force(ROWS[dogs], dogs, QUERIES, 9, Metric.cosine).ids
+    first = {"a/dog": 0, "b/dog": 200, "c/dog": 450}
+    for hits, ids in zip(made.search_vectors(QUERIES, Options(k=9)), want, strict=True):
+        assert [hit.row_id + first[hit.collection] for hit in hits] == ids.tolist()
+        np.testing.assert_array_equal(made.vectors(hits), ROWS[ids])
+
+
 def test_numbers_partition_too_and_what_does_not_is_refused(config: Config, tmp_path: Path) -> None:
     columns = {
         "year": pa.array([2000 + row % 2 for row in range(600)], pa.int16()),

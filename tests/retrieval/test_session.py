@@ -265,3 +265,20 @@ def test_filter_and_near_duplicates_reach_the_search(
     ):
         with pytest.raises(ConfigError, match=sentence):
             search.run(config, FreeText(query="a", filter=condition))
+
+
+def test_judgements_at_the_prompt_search_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(k=5, grid=False))
+    typed = b"a red square\n:good 2\n:bad 9\n:again\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    search.run(config, FreeText())
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[7], lines[8]) == (
+        "a red square",
+        "1 good, 0 bad",
+        "a red square (1 good, 0 bad)",
+    )
+    first, again = lines[2:7], lines[10:15]
+    assert len(again) == 5 and again != first

@@ -71,10 +71,7 @@ def open_collections(config: Config, stores: Mapping[str, EmbeddingStore]) -> li
             for name, store in stores.items()
         ]
     chosen = list(dict.fromkeys(config.index.collections))
-    parts = {
-        place: partitions(store, config.index.partition_by)
-        for place, store in enumerate(stores.values())
-    }
+    parts = {name: partitions(store, config.index.partition_by) for name, store in stores.items()}
     values = sorted({value for found in parts.values() for value in found})
     for name in chosen:
         if name not in values:
@@ -89,9 +86,16 @@ def open_collections(config: Config, stores: Mapping[str, EmbeddingStore]) -> li
             "index.collections=[...], or use filter="
         )
     return [
-        build_part(config.index, store, ids, name=value, modality=modality, seed=config.seed)
-        for place, store in enumerate(stores.values())
-        for value, ids in parts[place].items()
+        build_part(
+            config.index,
+            store,
+            ids,
+            name=f"{name}/{value}" if len(stores) > 1 else value,
+            modality=modality,
+            seed=config.seed,
+        )
+        for name, store in stores.items()
+        for value, ids in parts[name].items()
         if value in chosen or not chosen
     ]
 
@@ -151,11 +155,14 @@ def partitions(store: EmbeddingStore, column: str) -> dict[str, IdArray]:
     known = values.filter(values[column].is_valid())
     if lost := values.num_rows - known.num_rows:
         log.warning("%d rows have no %s and so are in no collection", lost, column)
-    names, code = np.unique(np.array(known[column].to_pylist(), dtype=str), return_inverse=True)
-    ids = known["row_id"].to_numpy()
+    kind = known[column].type
+    plain = known[column].cast(kind.value_type) if pt.is_dictionary(kind) else known[column]
+    coded = plain.combine_chunks().dictionary_encode()
+    code, ids = coded.indices.to_numpy(), known["row_id"].to_numpy()
     order = np.lexsort((ids, code))
-    cuts = np.flatnonzero(np.diff(code[order])) + 1
-    return dict(zip(names.tolist(), np.split(ids[order], cuts), strict=True)) if len(ids) else {}
+    parts = np.split(ids[order], np.flatnonzero(np.diff(code[order])) + 1)
+    names = [str(value) for value in coded.dictionary.to_pylist()]
+    return dict(sorted(zip(names, parts, strict=True))) if names else {}
 
 
 def build_part(

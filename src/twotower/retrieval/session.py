@@ -18,6 +18,7 @@ from rich.text import Text
 from twotower.config import Config, FreeText
 from twotower.console import print_table, say
 from twotower.data.templates import text_or_templates
+from twotower.retrieval.conversation import Conversation
 from twotower.retrieval.grid import picture_name, write_grid
 from twotower.retrieval.opening import open_searcher
 from twotower.retrieval.query import Query, parse_query, read_queries
@@ -28,7 +29,7 @@ from twotower.settings import ConfigError
 log = logging.getLogger(__name__)
 
 PROMPT = "search for: "
-BATCH = 32  # queries that are encoded at a time where there are several
+BATCH = 32  # texts or pictures that are encoded at a time where there are several
 CUT = 300  # characters of a path or caption in the table
 
 
@@ -40,18 +41,17 @@ def search_store(config: Config, free: FreeText) -> None:
     """
     queries = given_queries(free)
     options = options_of(config, free)
-    searcher = open_searcher(config, batch_size=1 if len(queries) < 2 else BATCH)
+    several = len(queries) > 1 or options.templates
+    searcher = open_searcher(config, batch_size=BATCH if several else 1)
     searcher.check(options)
     for query, hits in zip(queries, searcher.search(queries, options), strict=True):
         show(hits, query.label, config)
     if not queries:
 
-        def answer(text: str) -> None:
-            query = parse_query(text)
-            query.check_files()
-            show(searcher.search([query], options)[0], text, config)
+        def answer(hits: Sequence[Hit], label: str) -> None:
+            show(hits, label, config)
 
-        prompt(answer)
+        prompt(Conversation(searcher, options, config.feedback, answer).answer)
 
 
 def given_queries(free: FreeText) -> list[Query]:
@@ -108,6 +108,8 @@ def prompt(answer: Callable[[str], None]) -> None:
         # Bytes that are no UTF-8 get a sentence from `answer`, not a traceback from here.
         sys.stdin.reconfigure(errors="surrogateescape")
     words = PROMPT if sys.stdin.isatty() else ""
+    if words:
+        say("a query, or :help for what else can be typed")
     if words and importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # gives input() its history and editing
     while True:
