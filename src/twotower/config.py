@@ -223,7 +223,7 @@ class Config:
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     feedback: FeedbackConfig = dataclasses.field(default_factory=FeedbackConfig)
     classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
-    filter: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    filtering: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

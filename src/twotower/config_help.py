@@ -78,7 +78,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "store": ("stores", "distributed", "run"),
     "search": ("index", "search", "feedback", "distributed", "run"),
     "classify": ("index", "classify", "distributed", "run"),
-    "filter": ("index", "search", "filter", "distributed", "run"),
+    "filter": ("index", "search", "filtering", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),
     "compare": ("report", "run"),
     "export": ("run",),

@@ -77,14 +77,14 @@ class ClassifyConfig(Section):
 class FilterConfig(Section):
     """The best pictures of a query, copied or listed."""
 
-    section: ClassVar[str] = "filter"
+    section: ClassVar[str] = "filtering"
 
     num_results: int = setting(100, "pictures, at most", ge=1)
     threshold: float = setting(ALL_SCORES, "pictures with at least this score only")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_threshold("filter", self.threshold)
+        check_threshold("filtering", self.threshold)
 
 
 @dataclass(kw_only=True)

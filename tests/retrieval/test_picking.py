@@ -42,7 +42,7 @@ def test_the_best_above_a_threshold_are_copied(
 ) -> None:
     ids, scores = ranked(store)
     threshold = float((scores[11] + scores[12]) / 2)
-    config = dataclasses.replace(config, filter=FilterConfig(threshold=threshold))
+    config = dataclasses.replace(config, filtering=FilterConfig(threshold=threshold))
     output = tmp_path / "picked"
     command.run(config, FreeText(query=QUERY, output=str(output)))
     rows = store.metadata(ids[:12])
@@ -60,7 +60,7 @@ def test_the_best_above_a_threshold_are_copied(
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".jsonl", ".parquet"])
 def test_or_listed(suffix: str, config: Config, store: EmbeddingStore, tmp_path: Path) -> None:
     ids, scores = ranked(store)
-    config = dataclasses.replace(config, filter=FilterConfig(num_results=7))
+    config = dataclasses.replace(config, filtering=FilterConfig(num_results=7))
     output = tmp_path / f"list{suffix}"
     command.run(config, FreeText(query=QUERY, output=str(output), filter="row_id != 13"))
     kept = ids != 13

@@ -28,7 +28,7 @@ LISTS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def pick(config: Config, free: FreeText) -> None:
-    """Find the best `filter.num_results` pictures, write them to `output=`, and say how many.
+    """Find the best `filtering.num_results` pictures, write them to `output=`, and say how many.
 
     Raises:
         ConfigError: the output or the query is missing or not fit, or nothing can be written.
@@ -46,9 +46,9 @@ def pick(config: Config, free: FreeText) -> None:
         raise ConfigError('filter needs a query, for example query="a dog on the beach"')
     searcher = open_searcher(config)
     # Unlike a search's k, the number is a limit that a small store need not reach.
-    count = min(config.filter.num_results, len(searcher))
+    count = min(config.filtering.num_results, len(searcher))
     asked = options_of(config, free)
-    options = dataclasses.replace(asked, k=count, threshold=config.filter.threshold)
+    options = dataclasses.replace(asked, k=count, threshold=config.filtering.threshold)
     hits = searcher.search(queries, options)[0]
     if is_list:
         write_list(hits, output)
