@@ -19,13 +19,15 @@ COMMANDS = {
     "encode": "turn images and captions into an embedding store, on one or many processes",
     "store": "look at a store (store info), verify, merge or compact stores",
     "search": "find pictures by words (query=...) or by a picture (query_image=...)",
+    "classify": "label pictures (path=... or a store) with the nearest words of a vocabulary",
+    "filter": "copy or list the best pictures of a query (query=... output=...)",
     "benchmark": "compare the exact index with FAISS indexes on the same store and queries",
     "compare": "put the measurements of all runs into one table: which variant wins",
     "export": "write a checkpoint for others (path=...): format=openai, open_clip, hf or onnx",
     "info": "show the machine, the versions and what is available",
 }
 
-FREE_TEXT = ("query", "query_image", "filter", "path")
+FREE_TEXT = ("query", "query_image", "query_file", "filter", "path", "output")
 
 # The free text that each command reads; `verb` is a bare word.
 READS = {
@@ -33,7 +35,9 @@ READS = {
     "doctor": ("path",),
     "encode": ("path",),
     "store": ("verb", "path"),
-    "search": ("query", "query_image"),
+    "search": ("query", "query_image", "query_file", "filter"),
+    "classify": ("path",),
+    "filter": ("query", "query_image", "filter", "output"),
     "export": ("path",),
 }
 

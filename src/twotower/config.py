@@ -14,6 +14,7 @@ from typing import ClassVar
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.model_config import ModelConfig
+from twotower.search_config import ClassifyConfig, FeedbackConfig, FilterConfig, SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
 from twotower.train_config import LossConfig, TrainConfig
 
@@ -57,7 +58,18 @@ class IndexConfig(Choice):
 
     section: ClassVar[str] = "index"
 
+    # What is searched together; it changes no index.
+    not_of_the_rows: ClassVar[tuple[str, ...]] = ("collections", "partition_by")
+
     metric: Metric = setting(Metric.cosine, "cosine, or ip for the plain inner product")
+    collections: list[str] = setting(
+        [],
+        "what is searched, by name: stores in the folder store=..., or paths of stores; with "
+        "partition_by values of its column; empty is all",
+    )
+    partition_by: str = setting(
+        "", "column of the store of which each value makes a collection with an index of its own"
+    )
 
 
 def check_run_name(name: str) -> None:
@@ -160,17 +172,6 @@ class ProbeConfig(Section):
 
 
 @dataclass(kw_only=True)
-class SearchConfig(Section):
-    """One query's answer."""
-
-    section: ClassVar[str] = "search"
-
-    k: int = setting(25, "results a query", ge=1)
-    grid: bool = setting(True, "write a picture of the results")
-    output: str = setting("", "folder of the pictures; by default logs/<run.name>/search")
-
-
-@dataclass(kw_only=True)
 class BenchmarkConfig(Section):
     """Indexes compared on the same queries."""
 
@@ -220,6 +221,9 @@ class Config:
     encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
     stores: StoresConfig = dataclasses.field(default_factory=StoresConfig)
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    feedback: FeedbackConfig = dataclasses.field(default_factory=FeedbackConfig)
+    classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
+    filtering: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -249,5 +253,7 @@ class FreeText:
     verb: str | None = None
     query: str | None = None
     query_image: str | None = None
+    query_file: str | None = None
     filter: str | None = None
     path: str | None = None
+    output: str | None = None

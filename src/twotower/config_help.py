@@ -38,8 +38,19 @@ WORDS: dict[str, dict[str, str]] = {
         "path=PATH": "the folder of the store that merge writes",
     },
     "search": {
-        "query=TEXT": "pictures that fit these words; the text arrives as typed, whatever it holds",
+        "query=TEXT": 'what to find: words, as typed; or a formula of "words", img:<file> and '
+        'vec:<file>, as in 2*"dog" + img:pool.jpg - "leash"',
         "query_image=PATH": "pictures that look like this one",
+        "query_file=PATH": "many queries: a text file with one a line, or a .npy file of vectors",
+        "filter=CONDITION": 'only rows that pass, as in width>=512 and class in ["cat", "dog"]',
+    },
+    "classify": {"path=PATH": "a picture, or a folder of them, instead of those of the store"},
+    "filter": {
+        "query=TEXT": "what to find, as in twotower search",
+        "query_image=PATH": "pictures that look like this one",
+        "filter=CONDITION": "only rows that pass, as in width>=512",
+        "output=PATH": "an empty or new folder to copy into; or a .txt, .csv, .tsv, .jsonl or "
+        ".parquet file to list in",
     },
     "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }
@@ -50,6 +61,8 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "encode": ("seed", "checkpoint"),
     "store": ("seed", "checkpoint", "store"),
     "search": ("seed", "checkpoint", "store"),
+    "classify": ("seed", "checkpoint", "store"),
+    "filter": ("seed", "checkpoint", "store"),
     "benchmark": ("seed", "checkpoint", "store"),
     "export": ("checkpoint", "format"),
 }
@@ -63,7 +76,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
     "store": ("stores", "distributed", "run"),
-    "search": ("index", "search", "distributed", "run"),
+    "search": ("index", "search", "feedback", "distributed", "run"),
+    "classify": ("index", "classify", "distributed", "run"),
+    "filter": ("index", "search", "filtering", "distributed", "run"),
     "benchmark": ("index", "benchmark", "distributed", "run"),
     "compare": ("report", "run"),
     "export": ("run",),

@@ -467,6 +467,7 @@ def test_the_manifest_says_how_the_store_was_made(
         "columns": True,
         "shard_rows": 16,
         "batch_size": 5,
+        "compiled": False,
         "text_length": 8,
         "precision": "fp32",
         "device": "cpu",

@@ -60,6 +60,11 @@ def test_shards_are_one_store_in_the_order_of_their_numbers(
     assert [entry["image_path"] for entry in found] == [names[11], names[0]]
     assert [entry["row_id"] for entry in found] == [11, 0]
     assert found[0]["caption"] == "" and found[0]["captions"] == []
+    assert store.table(0, ["row_id", "image_path"]).to_pylist()[7] == {
+        "row_id": 7,
+        "image_path": names[7],
+    }
+    assert store.schema() == store.table(0).schema
     assert store.errors() == []
     assert "left out 1 repeated paths" in caplog.text
 

@@ -11,15 +11,16 @@ from tests.retrieval.conftest import CAPTIONS, COUNT
 from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index
+from twotower.retrieval.collection import Collection
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
-from twotower.retrieval.searcher import Hit, Searcher
+from twotower.retrieval.searcher import Hit, Options, Searcher
 from twotower.settings import ConfigError
 
 
 @pytest.fixture
 def searcher(store: EmbeddingStore) -> Searcher:
-    return Searcher(Encoder(tiny_bundle()), store, build_index(ExactConfig(), store))
+    return Searcher(Encoder(tiny_bundle()), Collection(store, build_index(ExactConfig(), store)))
 
 
 def test_finds_what_a_plain_product_finds(searcher: Searcher, store: EmbeddingStore) -> None:
@@ -67,6 +68,15 @@ def test_more_results_than_rows_are_refused(searcher: Searcher) -> None:
 
 def test_an_approximate_index_may_find_fewer(store: EmbeddingStore) -> None:
     index = build_index(FaissConfig(factory="IVF4,Flat", nprobe=1), store)
-    hits = Searcher(Encoder(tiny_bundle()), store, index).search_texts(["a"], COUNT)[0]
+    hits = Searcher(Encoder(tiny_bundle()), Collection(store, index)).search_texts(["a"], COUNT)[0]
     assert 0 < len(hits) < COUNT
     assert all(isinstance(hit, Hit) for hit in hits)
+
+
+def test_a_threshold_leaves_out_what_scores_below(searcher: Searcher) -> None:
+    every = searcher.search(['2*"red" - "blue"'], Options(k=COUNT))[0]
+    limit = every[10].score
+    hits = searcher.search(['2*"red" - "blue"'], Options(k=COUNT, threshold=limit))[0]
+    assert hits == [hit for hit in every if hit.score >= limit]
+    assert 10 < len(hits) < COUNT
+    assert searcher.search(["red"], Options(threshold=2.0)) == [[]]

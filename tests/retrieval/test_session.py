@@ -12,11 +12,14 @@ from rich.text import Text
 from tests.retrieval.conftest import COUNT
 from twotower import console
 from twotower.commands import search
-from twotower.config import Config, FreeText, SearchConfig
+from twotower.config import Config, FreeText
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval import session
 from twotower.retrieval.faiss_index import FaissConfig
-from twotower.retrieval.session import checkpoint_of, print_hits, prompt
+from twotower.retrieval.opening import checkpoint_of
+from twotower.retrieval.searcher import Options
+from twotower.retrieval.session import print_hits, prompt
+from twotower.search_config import SearchConfig
 from twotower.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("any_checkpoint")
@@ -132,8 +135,9 @@ def test_every_index_gives_hits(config: Config, capsys: pytest.CaptureFixture[st
         (FreeText(query_image="no/such.jpg"), "query_image=no/such.jpg: there is no such picture"),
         (FreeText(query_image="x" * 5000), ": there is no such picture"),
         (FreeText(verb="dog"), "search takes words as query=..., for example query='dog'"),
-        (FreeText(query="a", filter="width>=512"), "search does not take filter="),
-        (FreeText(path="x"), "search does not take path="),
+        (FreeText(query_file="no/such.txt"), "a file with a query a line; no/such.txt: no such"),
+        (FreeText(query='"a" + cat'), "at character 7, where 'cat' stands: a term is"),
+        (FreeText(query='"a" + img:no/such.jpg'), "img:no/such.jpg: there is no such picture"),
     ],
 )
 def test_what_cannot_be_searched_gets_a_sentence(
@@ -215,3 +219,66 @@ def test_ctrl_c_at_the_prompt_ends_it_and_in_a_search_reaches_the_caller(
     monkeypatch.setattr("builtins.input", lambda words: "a dog")
     with pytest.raises(KeyboardInterrupt):
         prompt(interrupted)  # type: ignore[arg-type]
+
+
+def test_every_line_of_a_file_is_a_query(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "queries.txt").write_text('a red square\n2*"blue" - "red"\n')
+    config = dataclasses.replace(config, search=SearchConfig(k=3, grid=False))
+    search.run(config, FreeText(query_file=str(tmp_path / "queries.txt")))
+    together = capsys.readouterr().out.splitlines()
+    assert together[0] == "a red square"
+    assert together[5] == '2*"blue" - "red"'
+    search.run(config, FreeText(query='2*"blue" - "red"'))
+    assert capsys.readouterr().out.splitlines() == together[5:]
+
+
+def test_templates_and_threshold_of_the_config_reach_the_search(config: Config) -> None:
+    section = SearchConfig(k=3, threshold=0.1, templates="a photo of a {}.")
+    options = session.options_of(dataclasses.replace(config, search=section), FreeText())
+    assert options == Options(k=3, threshold=0.1, templates=("a photo of a {}.",))
+    assert session.options_of(config, FreeText()) == Options()
+    section = SearchConfig(templates="none.txt")
+    with pytest.raises(ConfigError, match="search.templates must be openai80, simple7 or a file"):
+        session.options_of(dataclasses.replace(config, search=section), FreeText())
+    with pytest.raises(ConfigError, match="search.threshold must be a score"):
+        SearchConfig(threshold=float("nan"))
+
+
+def test_filter_and_near_duplicates_reach_the_search(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(k=3, grid=False))
+    search.run(config, FreeText(query="a", filter="row_id in [3, 9, 20, 21] and source_row > 4"))
+    rows = [line.split()[2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert sorted(Path(row).name[:4] for row in rows) == ["0009", "0020", "0021"]
+    section = SearchConfig(deduplicate=True, duplicate_cosine=0.8)
+    options = session.options_of(
+        dataclasses.replace(config, search=section), FreeText(filter="row_id > 3")
+    )
+    assert (options.filter, options.duplicates) == ("row_id > 3", 0.8)
+    for condition, sentence in (
+        ("", "filter= is empty"),
+        ("row_id >", "cannot read the filter at its end"),
+        ("size > 3", "the filter names the column size, but the store has image_path, caption"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            search.run(config, FreeText(query="a", filter=condition))
+
+
+def test_judgements_at_the_prompt_search_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, search=SearchConfig(k=5, grid=False))
+    typed = b"a red square\n:good 2\n:bad 9\n:again\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    search.run(config, FreeText())
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[7], lines[8]) == (
+        "a red square",
+        "1 good, 0 bad",
+        "a red square (1 good, 0 bad)",
+    )
+    first, again = lines[2:7], lines[10:15]
+    assert len(again) == 5 and again != first

@@ -39,15 +39,15 @@ def load_templates(name: str, what: str = "zeroshot.templates must be") -> list[
     return [line for _, line in lines]
 
 
-def text_or_templates(setting: str) -> list[str]:
-    """The templates that `data.templates` names, or itself if it is one.
+def text_or_templates(value: str, setting: str = "data.templates") -> list[str]:
+    """The templates that the value of a setting names, or itself if it is one.
 
     Raises:
         ConfigError: as `load_templates`.
     """
-    if PLACE in setting:
-        return [setting]
-    return load_templates(setting, "data.templates must be a text with {} in it,")
+    if PLACE in value:
+        return [value]
+    return load_templates(value, f"{setting} must be a text with {{}} in it,")
 
 
 def templated(words: Sequence[str], templates: Sequence[str]) -> pa.ListArray:

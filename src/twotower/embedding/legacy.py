@@ -185,6 +185,15 @@ class LegacyStore(EmbeddingStore):
             }
         )
 
+    def schema(self) -> pa.Schema:
+        """The columns that every store has."""
+        return self._group(0, 0).schema
+
+    def table(self, place: int, columns: list[str] | None = None) -> pa.Table:
+        """The paths as metadata; see `EmbeddingStore.table`."""
+        table = self._group(place, 0)
+        return table if columns is None else table.select(columns)
+
     def errors(self) -> list[dict[str, Any]]:
         """Nothing: the older layout kept no list."""
         return []

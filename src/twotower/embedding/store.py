@@ -146,9 +146,21 @@ class EmbeddingStore:
         """
         return deleted_ids(self.folder, self.manifest)
 
-    def table(self, place: int) -> pa.Table:
-        """The metadata of a whole shard, by its place; its rows are those of `image_shards`."""
-        table = pq.read_table(self._metadata_path(place))
+    def schema(self) -> pa.Schema:
+        """The columns of the metadata, those of all shards."""
+        schemas = [
+            pq.read_schema(self._metadata_path(place)).remove_metadata()
+            for place in range(len(self.manifest.shards))
+        ]
+        return pa.unify_schemas(schemas, promote_options="permissive")
+
+    def table(self, place: int, columns: list[str] | None = None) -> pa.Table:
+        """The metadata of a whole shard, by its place; its rows are those of `image_shards`.
+
+        Args:
+            columns: those to read of the ones that the shard has; by default all.
+        """
+        table = pq.read_table(self._metadata_path(place), columns=columns)
         return table if self._alive is None else table.filter(pa.array(self._alive[place]))
 
     def image_rows(self, row_ids: Sequence[int] | IntArray) -> FloatRows:

@@ -21,8 +21,13 @@ from twotower.settings import ConfigError, to_plain
 log = logging.getLogger(__name__)
 
 
-def open_index(config: IndexConfig, store: EmbeddingStore, seed: int = 1) -> VectorIndex:
-    """The index of a store's pictures: the kept one if it fits, else a new one, which is kept.
+def open_index(
+    config: IndexConfig,
+    store: EmbeddingStore,
+    seed: int = 1,
+    modality: Modality = Modality.images,
+) -> VectorIndex:
+    """The kept index of a store's pictures or captions if it fits, else a new one, which is kept.
 
     It fits if it was made from these rows with these settings and this seed. The exact index has
     nothing to learn and is built at once from the store's files, so it is never kept. Where nothing
@@ -32,9 +37,9 @@ def open_index(config: IndexConfig, store: EmbeddingStore, seed: int = 1) -> Vec
         ConfigError: as `build_index` does.
     """
     if isinstance(config, ExactConfig):
-        return _built(config, store, seed)
-    folder = kept_folder(config, store)
-    fingerprint = _fingerprint(config, store, seed)
+        return _built(config, store, seed, modality)
+    folder = kept_folder(config, store, modality)
+    fingerprint = _fingerprint(config, store, seed, modality)
     try:
         index = load_index(folder, fingerprint)
     except ConfigError as reason:
@@ -44,7 +49,7 @@ def open_index(config: IndexConfig, store: EmbeddingStore, seed: int = 1) -> Vec
     else:
         log.info("using the index %s, built earlier from the same rows", folder)
         return index
-    index = _built(config, store, seed)
+    index = _built(config, store, seed, modality)
     try:
         save_index(index, folder, fingerprint)
     except (ConfigError, OSError) as error:
@@ -54,22 +59,33 @@ def open_index(config: IndexConfig, store: EmbeddingStore, seed: int = 1) -> Vec
     return index
 
 
-def kept_folder(config: IndexConfig, store: EmbeddingStore) -> Path:
-    """`index/<store>-<index>` beside the store's folder, `models/<run>/index/store-HNSW32`."""
+def kept_folder(
+    config: IndexConfig, store: EmbeddingStore, modality: Modality = Modality.images
+) -> Path:
+    """`index/<store>-<index>` beside the store's folder, `models/<run>/index/store-HNSW32`.
+
+    An index of captions has `-texts` behind it.
+    """
     name = config.factory if isinstance(config, FaissConfig) else config.registered_name
     safe = re.sub(r"[^\w,.-]", "_", name)[:100]
     place = store.folder
     if not place.name.strip("."):  # given as `.` or `..`: what it is called says the whole path
         place = Path(os.path.abspath(place))
-    return place.parent / "index" / f"{place.name}-{safe}"
+    of_texts = "-texts" if modality is Modality.texts else ""
+    return place.parent / "index" / f"{place.name}-{safe}{of_texts}"
 
 
-def _built(config: IndexConfig, store: EmbeddingStore, seed: int) -> VectorIndex:
+def _built(
+    config: IndexConfig, store: EmbeddingStore, seed: int, modality: Modality
+) -> VectorIndex:
     log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
-    return build_index(config, store, seed=seed)
+    return build_index(config, store, modality=modality, seed=seed)
 
 
-def _fingerprint(config: IndexConfig, store: EmbeddingStore, seed: int) -> str:
-    rows = store_fingerprint(store, Modality.images)
-    about = [rows, config.registered_name, to_plain(config), seed]
+def _fingerprint(config: IndexConfig, store: EmbeddingStore, seed: int, modality: Modality) -> str:
+    rows = store_fingerprint(store, modality)
+    settings = to_plain(config)
+    for name in IndexConfig.not_of_the_rows:
+        settings.pop(name)
+    about = [rows, config.registered_name, settings, seed]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -1,17 +1,25 @@
-"""Words or a picture in, the nearest pictures of a store out."""
+"""Queries in, the nearest rows of one or several collections out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 
 from twotower.embedding.encoder import Encoder
-from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval.index import NO_ID, AnyFloatArray, VectorIndex
+from twotower.embedding.pictures import Picture
+from twotower.retrieval.collection import Collection, merge
+from twotower.retrieval.distinct import distinct
+from twotower.retrieval.index import NO_ID, AnyFloatArray, IdArray, SearchResult
+from twotower.retrieval.query import Query, as_queries
+from twotower.retrieval.query_vectors import query_vectors
+from twotower.search_config import ALL_SCORES
 from twotower.settings import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,83 +31,157 @@ class Hit:
     row_id: int
     path: Path
     caption: str
+    collection: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is asked of an answer, whatever the query.
+
+    Attributes:
+        k: results a query, at most.
+        threshold: results with at least this score only.
+        templates: prompts with `{}`, whose mean stands for a text; none takes the text as it is.
+        filter: a condition on the metadata (see `filter_grammar`); none if empty.
+        duplicates: the cosine from which on two results are near-duplicates, of which the better
+            one stays; None keeps all.
+    """
+
+    k: int = 25
+    threshold: float = ALL_SCORES
+    templates: tuple[str, ...] = ()
+    filter: str = ""
+    duplicates: float | None = None
 
 
 class Searcher:
-    """Searches a store through an index with the encoder that made the store's embeddings."""
+    """Searches collections with the encoder that made their embeddings."""
 
-    def __init__(self, encoder: Encoder, store: EmbeddingStore, index: VectorIndex) -> None:
+    def __init__(self, encoder: Encoder, *collections: Collection) -> None:
         self.encoder = encoder
-        self.store = store
-        self.index = index
+        self.collections = collections
 
-    def search_texts(self, texts: Sequence[str], k: int) -> list[list[Hit]]:
-        """The best k rows of each text, best first.
+    def __len__(self) -> int:
+        return sum(map(len, self.collections))
+
+    def search(self, queries: Sequence[Query | str], options: Options) -> list[list[Hit]]:
+        """The best rows of each query, as typed or made, best first.
 
         Raises:
-            ConfigError: a text is blank or not valid Unicode, or k is beyond the rows of the store.
+            ConfigError: a query or the filter cannot be read, or k is beyond the rows.
         """
-        self.check_k(k)
-        for text in texts:
-            check_text(text)
-        return self.search_vectors(self.encoder.encode_texts(texts), k)
+        self.check(options)
+        asked = as_queries(queries)
+        return self.search_vectors(query_vectors(asked, self.encoder, options.templates), options)
 
-    def search_images(
-        self, images: Sequence[Path | str | bytes | Image.Image], k: int
-    ) -> list[list[Hit]]:
+    def search_texts(self, texts: Sequence[str], k: int) -> list[list[Hit]]:
+        """The best k rows of each text, taken as words whatever it looks like.
+
+        Raises:
+            ConfigError: a text is blank or not valid Unicode, or k is beyond the rows.
+        """
+        return self.search([Query.of_text(text) for text in texts], Options(k=k))
+
+    def search_images(self, images: Sequence[Picture], k: int) -> list[list[Hit]]:
         """The best k rows of each picture, best first.
 
         Raises:
-            ConfigError: a picture cannot be read, or k is beyond the rows of the store.
+            ConfigError: a picture cannot be read, or k is beyond the rows.
         """
-        self.check_k(k)
-        return self.search_vectors(self.encoder.encode_images(images), k)
+        return self.search([Query.of_image(image) for image in images], Options(k=k))
 
-    def search_vectors(self, queries: AnyFloatArray, k: int) -> list[list[Hit]]:
-        """The best k rows of each query vector (Q, D), best first.
+    def search_vectors(self, queries: AnyFloatArray, options: Options) -> list[list[Hit]]:
+        """The best rows of each query vector (Q, D), best first.
 
         An approximate index may find fewer than k.
 
         Raises:
-            ConfigError: k is beyond the rows of the store, or the vectors cannot be searched.
+            ConfigError: the filter cannot be read, k is beyond the rows, or the vectors cannot be
+                searched.
         """
-        self.check_k(k)
-        scores, ids = self.index.search(queries, k)
-        found = []
-        for row_scores, row_ids in zip(scores, ids, strict=True):
-            known = row_ids != NO_ID
-            rows = self.store.metadata(row_ids[known])
-            hits = [
-                Hit(rank, float(score), int(row_id), Path(row["image_path"]), row["caption"] or "")
-                for rank, (score, row_id, row) in enumerate(
-                    zip(row_scores[known], row_ids[known], rows, strict=True), start=1
-                )
-            ]
-            found.append(hits)
-        return found
+        selected = self.check(options)
+        count = sum(len(ids) for ids in selected if ids is not None)
+        if options.filter and count < options.k:
+            log.warning("only %d rows pass the filter %s", count, options.filter)
+        if options.duplicates is None:
+            found, source = self._best(queries, options.k, selected)
+            rows = zip(found.scores, found.ids, source, strict=True)
+            return [self._hits(*row, options) for row in rows]
+        return [self._distinct(query[None], options, selected) for query in queries]
 
-    def check_k(self, k: int) -> None:
-        """Refuse more results than there are rows.
+    def check(self, options: Options) -> list[IdArray | None]:
+        """Refuse what cannot be asked; the ids that pass the filter in each collection.
 
         Raises:
-            ConfigError: k is beyond the rows of the store.
+            ConfigError: k is beyond the rows, or the filter cannot be read.
         """
-        if k > len(self.index):
+        if options.k > len(self):
+            names = ", ".join(str(collection.name) for collection in self.collections)
+            what = "the store" if len(self.collections) == 1 else "the collections"
             raise ConfigError(
-                f"search.k is {k}, but the store {self.store.folder} has {len(self.index)} rows; "
-                f"use search.k={len(self.index)} or less"
+                f"search.k is {options.k}, but {what} {names} has {len(self)} rows; "
+                f"use search.k={len(self)} or less"
             )
+        if not options.filter:
+            return [None] * len(self.collections)
+        return [collection.passing(options.filter) for collection in self.collections]
 
+    def _best(
+        self, queries: AnyFloatArray, k: int, selected: Sequence[IdArray | None]
+    ) -> tuple[SearchResult, IdArray]:
+        """The k best rows of each query and the numbers of their collections, each (Q, k)."""
+        results = [
+            collection.search(queries, min(k, len(collection)), ids)
+            for collection, ids in zip(self.collections, selected, strict=True)
+        ]
+        return merge(results, k)
 
-def check_text(text: str) -> None:
-    """Refuse a query that says nothing.
+    def _distinct(
+        self, query: AnyFloatArray, options: Options, selected: Sequence[IdArray | None]
+    ) -> list[Hit]:
+        """The best k rows of one query (1, D) of which no two are near-duplicates."""
+        assert options.duplicates is not None
+        fetched = 16 + 2 * options.k
+        while True:
+            fetched = min(fetched, len(self))
+            found, source = self._best(query, fetched, selected)
+            scores, ids, source = found.scores[0], found.ids[0], source[0]
+            real = (ids != NO_ID) & (scores >= options.threshold)
+            scores, ids, source = scores[real], ids[real], source[real]
+            kept = distinct(self._vectors(ids, source), options.duplicates, options.k)
+            # All there is has been looked at where the last results are padding or too low.
+            if len(kept) == options.k or fetched == len(self) or not real[-1]:
+                return self._hits(scores[kept], ids[kept], source[kept], options)
+            fetched *= 4
 
-    Raises:
-        ConfigError: it is blank, or its bytes are no valid UTF-8.
-    """
-    if not text.strip():
-        raise ConfigError('the query is empty; give words, for example query="a dog on the beach"')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("the query is not valid UTF-8 text") from error
+    def vectors(self, hits: Sequence[Hit]) -> AnyFloatArray:
+        """The vectors (N, D) of hits of this searcher, as the stores hold them."""
+        number = {collection.name: place for place, collection in enumerate(self.collections)}
+        ids = np.array([hit.row_id for hit in hits], np.int64)
+        # A hit does not say which collection it is of where there is one alone.
+        source = np.array([number.get(hit.collection, 0) for hit in hits], np.int64)
+        return self._vectors(ids, source)
+
+    def _vectors(self, ids: IdArray, source: IdArray) -> AnyFloatArray:
+        """The vectors (N, D) of rows of several collections."""
+        rows = np.empty((len(ids), self.encoder.dim), np.float32)
+        for number, collection in enumerate(self.collections):
+            mine = source == number
+            if mine.any():
+                rows[mine] = collection.vectors(ids[mine])
+        return rows
+
+    def _hits(
+        self, scores: AnyFloatArray, ids: IdArray, source: IdArray, options: Options
+    ) -> list[Hit]:
+        """The hits of one query's rows (n,), best first."""
+        known = (ids != NO_ID) & (scores >= options.threshold)
+        several = len(self.collections) > 1
+        hits = []
+        for rank, place in enumerate(np.flatnonzero(known), start=1):
+            collection = self.collections[source[place]]
+            (row,) = collection.store.metadata([int(ids[place])])
+            path, caption = Path(row["image_path"]), row["caption"] or ""
+            name = collection.name if several else ""
+            hits.append(Hit(rank, float(scores[place]), row["row_id"], path, caption, name))
+        return hits

@@ -12,101 +12,91 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
 from twotower.config import Config, FreeText
 from twotower.console import print_table, say
-from twotower.distributed import resolve_device
-from twotower.embedding.encoder import Encoder
-from twotower.embedding.fingerprint import check_space
-from twotower.embedding.store import EmbeddingStore
+from twotower.data.templates import text_or_templates
+from twotower.retrieval.conversation import Conversation
 from twotower.retrieval.grid import picture_name, write_grid
-from twotower.retrieval.kept import open_index
-from twotower.retrieval.searcher import Hit, Searcher, check_text
-from twotower.runs import logs_path, store_path
+from twotower.retrieval.opening import open_searcher
+from twotower.retrieval.query import Query, parse_query, read_queries
+from twotower.retrieval.searcher import Hit, Options
+from twotower.runs import logs_path
 from twotower.settings import ConfigError
-from twotower.wandb_files import CHECKPOINTS, local_file
 
 log = logging.getLogger(__name__)
 
 PROMPT = "search for: "
+BATCH = 32  # texts or pictures that are encoded at a time where there are several
 CUT = 300  # characters of a path or caption in the table
 
 
 def search_store(config: Config, free: FreeText) -> None:
-    """Answer the query that was given, or ask for queries until the input ends.
+    """Answer the queries that were given, or ask for queries until the input ends.
 
     Raises:
-        ConfigError: the query, the store, its checkpoint or k is not fit for a search.
+        ConfigError: a query, the store, its checkpoint or k is not fit for a search.
     """
-    _check_words(free)
-    searcher = open_searcher(config)
-    if free.query is not None:
-        answer_text(searcher, config, free.query)
-    elif free.query_image is not None:
-        hits = searcher.search_images([free.query_image], config.search.k)[0]
-        show(hits, free.query_image, config)
-    else:
-        searcher.check_k(config.search.k)
-        prompt(lambda text: answer_text(searcher, config, text))
+    queries = given_queries(free)
+    options = options_of(config, free)
+    several = len(queries) > 1 or options.templates
+    searcher = open_searcher(config, batch_size=BATCH if several else 1)
+    searcher.check(options)
+    for query, hits in zip(queries, searcher.search(queries, options), strict=True):
+        show(hits, query.label, config)
+    if not queries:
+
+        def answer(hits: Sequence[Hit], label: str) -> None:
+            show(hits, label, config)
+
+        prompt(Conversation(searcher, options, config.feedback, answer).answer)
 
 
-def _check_words(free: FreeText) -> None:
+def given_queries(free: FreeText) -> list[Query]:
+    """The queries of a command's free text; none if it gives none.
+
+    Raises:
+        ConfigError: it gives more than one kind, a query is malformed, or a file is not there.
+    """
     if free.verb is not None:
         raise ConfigError(f"search takes words as query=..., for example query={free.verb!r}")
-    for name in ("filter", "path"):
-        if getattr(free, name) is not None:
-            raise ConfigError(f"search does not take {name}=; it takes query= or query_image=")
-    if free.query is not None and free.query_image is not None:
-        raise ConfigError("give query= or query_image=, not both")
+    given = {name: getattr(free, name) for name in ("query", "query_image", "query_file")}
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(f"give {' or '.join(names)}, not both")
     if free.query is not None:
-        check_text(free.query)
-    if free.query_image is not None and not os.path.isfile(free.query_image):
-        raise ConfigError(f"query_image={free.query_image}: there is no such picture")
+        queries = [parse_query(free.query)]
+    elif free.query_image is not None:
+        if not os.path.isfile(free.query_image):
+            raise ConfigError(f"query_image={free.query_image}: there is no such picture")
+        queries = [Query.of_image(free.query_image)]
+    else:
+        queries = read_queries(Path(free.query_file)) if free.query_file is not None else []
+    for query in queries:
+        query.check_files()
+    return queries
 
 
-def open_searcher(config: Config) -> Searcher:
-    """The store of a config, an index of its pictures, and the encoder that made it.
-
-    Raises:
-        ConfigError: one of them is missing, or the checkpoint is not the one that made the store.
-    """
-    if config.distributed.num_threads:
-        torch.set_num_threads(config.distributed.num_threads)
-    store = EmbeddingStore.open(store_path(config))
-    checkpoint = checkpoint_of(store, config.checkpoint)
-    # One query at a time, so no batch to pad.
-    encoder = Encoder.load(checkpoint, resolve_device(config.distributed), batch_size=1)
-    check_space(store.manifest, store.folder, encoder.description(), f"checkpoint {checkpoint}")
-    return Searcher(encoder, store, open_index(config.index, store, config.seed))
-
-
-def checkpoint_of(store: EmbeddingStore, asked: str) -> Path:
-    """The checkpoint that made a store: the one asked for, the one it names, or one beside it.
+def options_of(config: Config, free: FreeText) -> Options:
+    """What the search section and `filter=` ask of an answer.
 
     Raises:
-        ConfigError: it is not there, or another one made the store.
+        ConfigError: the templates are missing or malformed, or the filter is empty.
     """
-    if not asked and not store.manifest.checkpoint:
-        raise ConfigError(
-            f"the store {store.folder} does not say which checkpoint made it; give checkpoint=..."
-        )
-    named = local_file(asked or store.manifest.checkpoint, CHECKPOINTS)
-    places = [named] if asked else [named, store.folder.parent / named.name]
-    for place in places:
-        if place.is_file():
-            store.check_checkpoint(place)
-            return place
-    raise ConfigError(
-        f"the checkpoint {places[0]} of the store {store.folder} is not there; give checkpoint=..."
+    section = config.search
+    named = section.templates
+    templates = tuple(text_or_templates(named, "search.templates")) if named else ()
+    if free.filter is not None and not free.filter.strip():
+        raise ConfigError('filter= is empty; give a condition, for example filter="width>=512"')
+    return Options(
+        k=section.k,
+        threshold=section.threshold,
+        templates=templates,
+        filter=free.filter or "",
+        duplicates=section.duplicate_cosine if section.deduplicate else None,
     )
-
-
-def answer_text(searcher: Searcher, config: Config, text: str) -> None:
-    """Search for one text, and show what was found."""
-    show(searcher.search_texts([text], config.search.k)[0], text, config)
 
 
 def prompt(answer: Callable[[str], None]) -> None:
@@ -118,6 +108,8 @@ def prompt(answer: Callable[[str], None]) -> None:
         # Bytes that are no UTF-8 get a sentence from `answer`, not a traceback from here.
         sys.stdin.reconfigure(errors="surrogateescape")
     words = PROMPT if sys.stdin.isatty() else ""
+    if words:
+        say("a query, or :help for what else can be typed")
     if words and importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # gives input() its history and editing
     while True:
@@ -147,15 +139,16 @@ def show(hits: Sequence[Hit], query: str, config: Config) -> None:
 
 def print_hits(hits: Sequence[Hit]) -> None:
     """Rank, score, path and caption on stdout; as wide as it takes where no terminal limits it."""
-    table = Table("rank", "score", "path", "caption", box=None, pad_edge=False)
+    several = any(hit.collection for hit in hits)
+    names = ("rank", "score", "path", "caption", *(["collection"] if several else []))
+    table = Table(*names, box=None, pad_edge=False)
     table.columns[0].justify = table.columns[1].justify = "right"
     table.columns[2].overflow = "fold"
     for hit in hits:
+        texts = (_from_here(hit.path), hit.caption, *([hit.collection] if several else []))
         # Text, not str: what stands in a caption is no markup.
-        caption = Text(one_line(hit.caption))
-        table.add_row(
-            str(hit.rank), f"{hit.score:.4f}", Text(one_line(_from_here(hit.path))), caption
-        )
+        cells = [Text(one_line(text)) for text in texts]
+        table.add_row(str(hit.rank), f"{hit.score:.4f}", *cells)
     print_table(table)
 
 
