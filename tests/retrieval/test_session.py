@@ -240,7 +240,10 @@ def test_templates_and_threshold_of_the_config_reach_the_search(config: Config) 
     assert options == Options(k=3, threshold=0.1, templates=("a photo of a {}.",))
     assert session.options_of(config, FreeText()) == Options()
     section = SearchConfig(templates="none.txt")
-    with pytest.raises(ConfigError, match="search.templates must be openai80, simple7 or a file"):
+    with pytest.raises(
+        ConfigError,
+        match="search.templates must be a text with {} in it, openai80, simple7 or a file",
+    ):
         session.options_of(dataclasses.replace(config, search=section), FreeText())
     with pytest.raises(ConfigError, match="search.threshold must be a score"):
         SearchConfig(threshold=float("nan"))

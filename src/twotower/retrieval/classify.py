@@ -192,7 +192,7 @@ def _of_files(
 
 def _written(rows: Rows, output: Path) -> list[tuple[str, list[Label]]]:
     """Write a line a label, `filepath,rank,label,score`; the first few pictures and the count."""
-    first = []
+    first: list[tuple[str, list[Label]]] = []
     with replacing(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("filepath", "rank", "label", "score"))

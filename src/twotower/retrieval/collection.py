@@ -21,6 +21,7 @@ from twotower.retrieval.index import (
     VectorIndex,
     no_hits,
 )
+from twotower.retrieval.tiers import Tier
 
 FEW_ROWS = 20_000  # as many are read and searched exactly at once, whatever the index
 MOST_FETCHED = 4096  # results beyond the k best that an index is asked for
@@ -122,7 +123,8 @@ class Collection:
     def _exactly(self, queries: AnyFloatArray, k: int, selected: IdArray) -> SearchResult:
         """The k best of the selected rows, of which a block is in memory at a time."""
         best = no_hits(len(queries), k)
-        config = ExactConfig(metric=self.index.config.metric)
+        # Each block is searched once: codes would cost more than they save.
+        config = ExactConfig(metric=self.index.config.metric, tier=Tier.reference)
         for ids, rows in self._blocks(selected):
             index = ExactIndex(config, self.index.dim)
             index.add(rows, ids, normalized=self.store.manifest.normalized)

@@ -69,7 +69,7 @@ class Feedback:
         self.options = options
         self.config = config or FeedbackConfig()
         self.hits: list[Hit] = []
-        self._asked = query_vectors([self.query], searcher.encoder, options.templates)[0]
+        self._asked: FloatArray = query_vectors([self.query], searcher.encoder, options.templates)[0]
         self._judged: dict[Key, tuple[Hit, bool]] = {}
 
     @property

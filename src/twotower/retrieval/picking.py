@@ -99,8 +99,9 @@ def write_list(hits: Sequence[Hit], path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
+    paths = [os.path.abspath(hit.path) for hit in hits]
     rows = {
-        "filepath": [os.path.abspath(hit.path) for hit in hits],
+        "filepath": paths,
         "caption": [hit.caption for hit in hits],
         "score": [hit.score for hit in hits],
         "row_id": [hit.row_id for hit in hits],
@@ -117,4 +118,4 @@ def write_list(hits: Sequence[Hit], path: Path) -> None:
             lines = [json.dumps(row, ensure_ascii=False) for row in table.to_pylist()]
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         else:
-            temporary.write_text("".join(f"{name}\n" for name in rows["filepath"]), "utf-8")
+            temporary.write_text("".join(f"{name}\n" for name in paths), "utf-8")
