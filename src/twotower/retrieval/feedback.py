@@ -69,7 +69,8 @@ class Feedback:
         self.options = options
         self.config = config or FeedbackConfig()
         self.hits: list[Hit] = []
-        self._asked: FloatArray = query_vectors([self.query], searcher.encoder, options.templates)[0]
+        asked = query_vectors([self.query], searcher.encoder, options.templates)
+        self._asked: FloatArray = asked[0]
         self._judged: dict[Key, tuple[Hit, bool]] = {}
 
     @property
