@@ -5,8 +5,9 @@
 Each way reads JPEG files from disk and ends with normalised fp32 (3, 224, 224): OpenAI's by
 Pillow, torchvision's `Resize` and `CenterCrop`, `ToTensor`, `Normalize`; ours by the variants'
 transform, normalised a batch at a time as a tower does it. Two sets are made of the folder's
-photographs, 4:2:0 at quality 87: one with short sides of 256 pixels, one of 1,000; where the
-photographs are smaller than that, it is of mosaics of them. The ways take turns; a ratio is the
+photographs, 4:2:0 at quality 87: one with short sides of 256 pixels, one of 1,000. Where the
+photographs are much smaller than that, it is of mosaics of them, each enlarged at most by half, so
+that a file has about as many bytes as a photograph of its size. The ways take turns; a ratio is the
 median over rounds. Differences are in levels of 8 bits, and of features of a ViT-B/32 with random
 weights, against OpenAI's.
 """
@@ -14,6 +15,7 @@ weights, against OpenAI's.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import sys
@@ -43,6 +45,7 @@ from twotower.models.preprocess import EvalTransform
 SIZE = 224
 BATCH = 32
 SIDES = (256, 1000)
+ENLARGED = 1.5  # times, at most, that photographs are made larger
 LIMITS = {256: {"exact": 3.0, "default": 3.0}, 1000: {"exact": 2.5, "default": 3.5}}
 
 
@@ -78,12 +81,12 @@ def make_set(
 ) -> tuple[list[Path], str]:
     """JPEG files 4:3 whose short side is `side`, and what they are."""
     height, width = side, side * 4 // 3
-    opened = [Image.open(path) for path in photographs[:20]]
-    small = statistics.median(min(image.size) for image in opened) < side
+    short = statistics.median(min(Image.open(path).size) for path in photographs[:20])
+    across = math.ceil(side / (ENLARGED * short))
     files = []
     for index in range(count):
-        if small:
-            tile = min(256, side // 2)
+        if across > 1:
+            tile = math.ceil(side / across)
             image = Image.new("RGB", (width, height))
             places = [(x, y) for y in range(0, height, tile) for x in range(0, width, tile)]
             for place, (x, y) in enumerate(places):
@@ -93,7 +96,7 @@ def make_set(
             image = fitted(photographs[index % len(photographs)], width, height)
         files.append(folder / f"{index:04d}.jpg")
         image.save(files[-1], quality=87, subsampling="4:2:0")
-    return files, "mosaics" if small else "photographs"
+    return files, "mosaics" if across > 1 else "photographs"
 
 
 def fitted(path: Path, width: int, height: int) -> Image.Image:
