@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
+from twotower.engine_config import EngineConfig
 from twotower.model_config import ModelConfig
 from twotower.search_config import ClassifyConfig, FeedbackConfig, FilterConfig, SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
@@ -53,13 +54,17 @@ class DataConfig(Choice):
 
 
 @dataclass(kw_only=True)
-class IndexConfig(Choice):
+class IndexConfig(EngineConfig):
     """What every index shares; an index's own fields are in `retrieval/<name>.py`."""
 
     section: ClassVar[str] = "index"
 
-    # What is searched together; it changes no index.
-    not_of_the_rows: ClassVar[tuple[str, ...]] = ("collections", "partition_by")
+    # What is searched together, and where; it changes no index.
+    not_of_the_rows: ClassVar[tuple[str, ...]] = (
+        "collections",
+        "partition_by",
+        *EngineConfig.not_of_the_answer,
+    )
 
     metric: Metric = setting(Metric.cosine, "cosine, or ip for the plain inner product")
     collections: list[str] = setting(

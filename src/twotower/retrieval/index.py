@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.config import IndexConfig, Metric
-from twotower.registry import Registry
+from twotower.retrieval.engine import IndexRegistry
 from twotower.settings import ConfigError
 
 FloatArray = npt.NDArray[np.float32]
@@ -105,7 +105,7 @@ class VectorIndex(Protocol):
         """Take over what `write` wrote; the index must be empty."""
 
 
-INDEXES: Registry[VectorIndex] = Registry("index")
+INDEXES: IndexRegistry[VectorIndex] = IndexRegistry("index")
 
 
 class RowIds:
@@ -126,19 +126,23 @@ class RowIds:
         """How many there are."""
         return self._size - len(self._deleted)
 
-    def extend(self, count: int, ids: IdArray | None) -> IdArray:
-        """Take `count` more ids, by default the next ones, and return them.
+    def offer(self, count: int, ids: IdArray | None) -> IdArray:
+        """`count` ids that may be taken, by default the next ones; none is taken yet.
 
         Raises:
             ConfigError: there are not `count` of them, or one is negative or taken.
         """
         if ids is None:
-            new = np.arange(self._next, self._next + count, dtype=np.int64)
-        else:
-            new = np.array(ids, dtype=np.int64)
-            if new.shape != (count,):
-                raise ConfigError(f"{count} rows cannot have ids of shape {new.shape}")
-            self._check(new)
+            return np.arange(self._next, self._next + count, dtype=np.int64)
+        new = np.array(ids, dtype=np.int64)
+        if new.shape != (count,):
+            raise ConfigError(f"{count} rows cannot have ids of shape {new.shape}")
+        self._check(new)
+        return new
+
+    def extend(self, count: int, ids: IdArray | None) -> IdArray:
+        """Take `count` more ids, by default the next ones, and return them; see `offer`."""
+        new = self.offer(count, ids)
         if count:
             self._parts.append(new)
             self._next = max(self._next, int(new.max()) + 1)

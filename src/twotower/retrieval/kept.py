@@ -11,6 +11,7 @@ from pathlib import Path
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
+from twotower.engine_config import Engine
 from twotower.retrieval.build import build_index, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
@@ -41,7 +42,7 @@ def open_index(
     folder = kept_folder(config, store, modality)
     fingerprint = _fingerprint(config, store, seed, modality)
     try:
-        index = load_index(folder, fingerprint)
+        index = load_index(folder, fingerprint, config)
     except ConfigError as reason:
         # It is only a cache; what is wrong with the config itself is said by the building.
         if (folder / MANIFEST).exists():
@@ -71,6 +72,8 @@ def kept_folder(
     place = store.folder
     if not place.name.strip("."):  # given as `.` or `..`: what it is called says the whole path
         place = Path(os.path.abspath(place))
+    if config.engine is Engine.ray:
+        safe += f"-ray{config.shards}"
     of_texts = "-texts" if modality is Modality.texts else ""
     return place.parent / "index" / f"{place.name}-{safe}{of_texts}"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 from pathlib import Path
 from typing import Any
 
 from twotower.checkpoint.atomic import replacing
+from twotower.config import IndexConfig
 from twotower.retrieval.index import INDEXES, VectorIndex
 from twotower.settings import ConfigError, from_plain, to_plain
 
@@ -24,7 +26,8 @@ def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
     Raises:
         ConfigError: the folder cannot be written.
     """
-    name = f"index-{secrets.token_hex(8)}.bin"
+    stem = f"index-{secrets.token_hex(8)}"  # further files may begin with it
+    name = f"{stem}.bin"
     with replacing(folder / name) as temporary:
         index.write(temporary)
     manifest = {
@@ -39,12 +42,14 @@ def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     for old in folder.glob("index-*.bin"):
-        if old.name != name:
+        if not old.name.startswith(stem):
             old.unlink(missing_ok=True)
 
 
-def load_index(folder: Path, fingerprint: str | None = None) -> VectorIndex:
-    """The index that `save_index` wrote.
+def load_index(
+    folder: Path, fingerprint: str | None = None, asked: IndexConfig | None = None
+) -> VectorIndex:
+    """The index that `save_index` wrote, with what is `asked` of how it runs.
 
     Raises:
         ConfigError: there is none, it is damaged, or it has another fingerprint.
@@ -55,7 +60,11 @@ def load_index(folder: Path, fingerprint: str | None = None) -> VectorIndex:
             f"the index {folder} was built from other rows or with other settings; build it again"
         )
     config_class = INDEXES.config_class(manifest["kind"])
-    index = INDEXES.build(from_plain(config_class, manifest["config"]), manifest["dim"])
+    config = from_plain(config_class, manifest["config"])
+    if asked is not None:
+        others = {name: getattr(asked, name) for name in IndexConfig.not_of_the_rows}
+        config = dataclasses.replace(config, **others)
+    index = INDEXES.build(config, manifest["dim"])
     try:
         index.read(folder / manifest["file"])
     except ConfigError:
