@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-extras=cpu,heif,lora,onnx,quickstart,wandb,test,dev
+extras=cpu,heif,lora,milvus,onnx,quickstart,wandb,test,dev
 case "$*" in
   '') tests=(pytest -m 'not slow') ;;
   --all)

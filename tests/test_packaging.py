@@ -114,6 +114,7 @@ def test_extras_are_those_of_the_scripts_and_the_readme(
             "heif",
             "http",
             "lora",
+            "milvus",
             "onnx",
             "parity",
             "wandb",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,6 +237,12 @@ def test_ends_its_actors_and_its_files_when_it_is_dropped() -> None:
     del index
     assert shards.calls[-1] == "close"
     assert not spool.exists()
+
+
+def test_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"needs Ray, .* pip install 'twotower\[ray\]'"):
+        ray_cluster.connect("auto")
 
 
 def test_settings_reach_the_index_and_are_refused_in_a_sentence(tmp_path: Path) -> None:

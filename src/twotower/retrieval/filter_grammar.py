@@ -71,25 +71,44 @@ def parse_filter(text: str, schema: pa.Schema) -> Filter:
         ConfigError: it is malformed, which is told with the place, names a column that there is
             not, or compares what cannot be compared.
     """
-    parser = _Parser(text, schema)
-    if parser.at_end():
-        raise ConfigError('the filter is empty; give a condition, for example filter="width>=512"')
-    expression = parser.disjunction()
-    if not parser.at_end():
-        parser.fail("a condition has ended here; and or or joins it with the next")
-    if not parser.used:
-        raise ConfigError(f"the filter {text} names no column; the store has {_names(schema)}")
+    parser = FilterParser(text, schema)
+    expression = parser.whole()
     used = [field for field in schema if field.name in parser.used]
     return Filter(text, expression, pa.schema(used))
 
 
-class _Parser(Reader):
-    """Recursive descent over the grammar of the module."""
+class FilterParser(Reader):
+    """Recursive descent over the grammar; `constant`, `field` and `holds` make it pyarrow's."""
 
     def __init__(self, text: str, schema: pa.Schema) -> None:
         super().__init__(text, "filter")
         self.schema = schema
         self.used: set[str] = set()
+
+    def constant(self, value: Any) -> Any:
+        return pc.scalar(value)
+
+    def field(self, path: list[str], kind: pa.DataType) -> Any:
+        found = pc.field(*path)
+        return found.cast(kind.value_type) if pt.is_dictionary(kind) else found
+
+    def holds(self, words: Any, text: str, joined: bool) -> Any:
+        words = pc.binary_join(words, "\n") if joined else words
+        return pc.match_substring(words, text, ignore_case=True)
+
+    def whole(self) -> Any:
+        """All of the text; raises as `parse_filter` does."""
+        if self.at_end():
+            raise ConfigError(
+                'the filter is empty; give a condition, for example filter="width>=512"'
+            )
+        expression = self.disjunction()
+        if not self.at_end():
+            self.fail("a condition has ended here; and or or joins it with the next")
+        if not self.used:
+            has = _names(self.schema)
+            raise ConfigError(f"the filter {self.text} names no column; the store has {has}")
+        return expression
 
     def word(self, name: str) -> bool:
         return self.match(_KEYWORD[name]) is not None
@@ -180,14 +199,12 @@ class _Parser(Reader):
         return None
 
     def contains(self, left: _Value, text: str) -> pc.Expression:
-        words = left.expression
-        if pt.is_list(left.type) or pt.is_large_list(left.type):
-            if not _is_text(left.type.value_type):
-                self.fail(f"{left.column} holds {left.type}, not texts")
-            words = pc.binary_join(words, "\n")
-        elif not _is_text(left.type):
+        joined = bool(pt.is_list(left.type) or pt.is_large_list(left.type))
+        if joined and not _is_text(left.type.value_type):
+            self.fail(f"{left.column} holds {left.type}, not texts")
+        if not joined and not _is_text(left.type):
             self.fail(f"{left.column} holds {left.type}, not text")
-        return pc.match_substring(words, text, ignore_case=True)
+        return self.holds(left.expression, text, joined)
 
     def value(self) -> _Value:
         """A column or a constant.
@@ -197,13 +214,13 @@ class _Parser(Reader):
         """
         text = self.quoted("\"'")
         if text is not None:
-            return _Value(pc.scalar(text), pa.string(), constant=text)
+            return _Value(self.constant(text), pa.string(), constant=text)
         number = self.match(_NUMBER)
         if number is not None:
             return self.number(number[0])
         for name in ("true", "false"):
             if self.word(name):
-                return _Value(pc.scalar(name == "true"), pa.bool_(), constant=name == "true")
+                return _Value(self.constant(name == "true"), pa.bool_(), constant=name == "true")
         start = self.place
         found = self.match(_NAME)
         if found is None or found[1] in WORDS:
@@ -217,7 +234,7 @@ class _Parser(Reader):
         if whole and abs(value) >= 2**63:
             self.fail(f"{digits} is too large a number")
         scalar = pa.scalar(value)
-        return _Value(pc.scalar(scalar), scalar.type, constant=value)
+        return _Value(self.constant(scalar), scalar.type, constant=value)
 
     def moment(self, constant: _Value, column: _Value) -> _Value:
         """A constant as a date or a time."""
@@ -225,7 +242,7 @@ class _Parser(Reader):
             value = pa.scalar(constant.constant).cast(column.type)
         except pa.ArrowException:
             self.fail(f'{column.column} holds {column.type}, as in {column.column}>="2024-12-31"')
-        return _Value(pc.scalar(value), column.type)
+        return _Value(self.constant(value), column.type)
 
     def column(self, name: str, quoted: bool) -> _Value:
         """A column by its name, or a part of a nested one."""
@@ -239,11 +256,8 @@ class _Parser(Reader):
             if not pt.is_struct(kind) or kind.get_field_index(part) < 0:
                 raise ConfigError(f"the filter names {name}, but the column {path[0]} holds {kind}")
             kind = kind.field(part).type
-        field = pc.field(*path)
-        if pt.is_dictionary(kind):
-            kind = kind.value_type
-            field = field.cast(kind)
-        return _Value(field, kind, name)
+        plain = kind.value_type if pt.is_dictionary(kind) else kind
+        return _Value(self.field(path, kind), plain, name)
 
     def comparable(self, left: _Value, right: _Value) -> tuple[_Value, _Value]:
         """Both sides as pyarrow can compare them.

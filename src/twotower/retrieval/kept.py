@@ -16,6 +16,8 @@ from twotower.retrieval.build import build_index, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
+from twotower.retrieval.milvus_collection import MilvusConfig
+from twotower.retrieval.milvus_store import open_collection
 from twotower.retrieval.saved import MANIFEST, load_index, save_index
 from twotower.settings import ConfigError, to_plain
 
@@ -37,6 +39,8 @@ def open_index(
     Raises:
         ConfigError: as `build_index` does.
     """
+    if isinstance(config, MilvusConfig):
+        return open_collection(config, store, modality)
     if isinstance(config, ExactConfig):
         return _built(config, store, seed, modality)
     folder = kept_folder(config, store, modality)
