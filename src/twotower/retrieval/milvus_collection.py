@@ -89,6 +89,7 @@ def client_of(uri: str) -> Any:
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
     if not is_server(uri):
         logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
+        logging.getLogger("milvus_lite").setLevel(logging.WARNING)
     with _sentence(f"nothing answers at index.uri={uri}"):
         return milvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""))
 

@@ -264,5 +264,5 @@ def _new_spool(config: IndexConfig) -> Path:
 
 
 def _close(shards: Any, spool: Path) -> None:
+    shutil.rmtree(spool, ignore_errors=True)  # first: a cluster that is gone answers late
     shards.close()
-    shutil.rmtree(spool, ignore_errors=True)
