@@ -89,6 +89,13 @@ def ask(made: Shards, working: bool = False) -> Any:
     return made.call("search", [()], working=working)[0]
 
 
+def test_replicas_take_turns() -> None:
+    made, _ = shards(lambda n: f"a{n}", lambda n: f"b{n}", patience=1)
+    made._replicas *= 2
+    answers = [made.call("search", [(), ()], working=False) for _ in range(4)]
+    assert answers == [["a0", "a1"], ["b0", "b1"], ["a2", "a3"], ["b2", "b3"]]
+
+
 def test_a_lost_replica_costs_a_call_of_another() -> None:
     made, started = shards(lambda n: RayError("gone"), lambda n: "right")
     assert [ask(made) for _ in range(5)] == ["right"] * 5

@@ -90,7 +90,10 @@ def client_of(uri: str) -> Any:
     if not is_server(uri):
         logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
         logging.getLogger("milvus_lite").setLevel(logging.WARNING)
-    with _sentence(f"nothing answers at index.uri={uri}"):
+    what = f"nothing answers at index.uri={uri}"
+    if not is_server(uri):
+        what = f"index.uri={uri} cannot be opened; one process at a time has a file of milvus-lite"
+    with _sentence(what):
         return milvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""))
 
 

@@ -145,8 +145,9 @@ class Shards:
             Unavailable: no replica of a shard was there in time.
             ConfigError: what an actor raised.
         """
+        turn = next(self._turn)
         calls = [
-            _Call(self._ray, replicas, method, args, next(self._turn), working)
+            _Call(self._ray, replicas, method, args, turn, working)
             for replicas, args in zip(self._replicas, arguments, strict=True)
         ]
         for call in calls:
