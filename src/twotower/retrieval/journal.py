@@ -7,6 +7,7 @@ any. Rows of a store are not copied: an operation names their place in the store
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -67,6 +68,14 @@ class Journal:
             return None
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{self._file(number)} is damaged; build the index again") from error
+
+    def count(self) -> int:
+        """How many operations there are.
+
+        A name that is not there is not looked for: a network file system would remember that.
+        """
+        names = {path.name for path in self.folder.iterdir()}
+        return next(count for count in itertools.count() if f"{count:06d}.json" not in names)
 
     def write(self, number: int, operation: Operation) -> None:
         """Write an operation.

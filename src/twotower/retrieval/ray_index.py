@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from twotower.checkpoint.atomic import replacing
 from twotower.config import IndexConfig
@@ -46,6 +47,8 @@ from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
 
+ShardArray = npt.NDArray[np.int16]
+
 
 class RayIndex:
     """The shards of an index as actors, and the ids that say which shard a row is in."""
@@ -56,7 +59,7 @@ class RayIndex:
         self._local = INDEXES.build(in_this_process(config), dim)  # refuses what cannot be built
         self._loaded = False
         self._ids = RowIds()
-        self._owner = np.empty(0, np.int16)  # the shard of each id, in the order of adding
+        self._owners: list[ShardArray] = []
         self._spool = _new_spool(config)
         folders = [self._spool / f"shard-{number:04d}" for number in range(config.shards)]
         for folder in folders:
@@ -104,7 +107,7 @@ class RayIndex:
         if self.train_rows:
             self.train(rows[: self.train_rows], normalized=normalized)
         new = self._ids.offer(len(rows), ids)
-        owner, work, start = [], {}, 0
+        owners, work, start = [], {}, 0
         for number, count in enumerate(self._shares(len(rows))):
             if not count:
                 continue
@@ -116,22 +119,19 @@ class RayIndex:
                 "ids": journal.place(wanted.operations, "ids", new[part]),
             }
             work[number] = ("add", wanted.rows + count, named, normalized)
-            owner.append(np.full(count, number, np.int16))
+            owners.append(np.full(count, number, np.int16))
         self._do(work)
         self._ids.extend(len(new), new)
-        self._owner = np.concatenate([self._owner, *owner])
+        self._owners += owners
 
     def _shares(self, count: int) -> list[int]:
         """How many of `count` rows each shard takes, the emptier ones more."""
         sizes = [wanted.rows for wanted in self._wanted]
         shares = [0] * len(sizes)
         level = -(-(sum(sizes) + count) // len(sizes))
-        while count:
-            for number, size in enumerate(sizes):
-                take = max(0, min(count, level - size - shares[number]))
-                shares[number] += take
-                count -= take
-            level += 1
+        for number, size in enumerate(sizes):
+            shares[number] = max(0, min(count, level - size))
+            count -= shares[number]
         return shares
 
     def delete(self, ids: IdArray) -> None:
@@ -218,11 +218,18 @@ class RayIndex:
         self._do(work)
         self._loaded = True
         self._ids.extend(len(arrays["ids"]), np.array(arrays["ids"]))
-        self._owner = np.array(arrays["owner"], np.int16)
+        self._owners = [np.array(arrays["owner"], np.int16)]
 
     def close(self) -> None:
         """End the actors; the index cannot be used any more."""
         self._finalizer()
+
+    @property
+    def _owner(self) -> ShardArray:
+        """The shard of each id, in the order of adding."""
+        if len(self._owners) != 1:
+            self._owners = [np.concatenate([np.empty(0, np.int16), *self._owners])]
+        return self._owners[0]
 
     def _each(self) -> list[tuple[Wanted]]:
         return [(wanted,) for wanted in self._wanted]

@@ -59,11 +59,8 @@ class Shard:
 
     def _load(self) -> None:
         """Do what there is to do; whoever asks next is told what went wrong."""
-        count = 0
-        while (self._journal.folder / f"{count:06d}.json").exists():
-            count += 1
         try:
-            self._catch_up(count)
+            self._catch_up(self._journal.count())
         except Exception as error:
             log.warning("the shard %s cannot be loaded: %s", self._journal.folder, error)
 
