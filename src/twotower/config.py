@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
+from twotower.index_config import IndexingConfig
 from twotower.model_config import ModelConfig
 from twotower.search_config import ClassifyConfig, FeedbackConfig, FilterConfig, SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
@@ -58,8 +59,8 @@ class IndexConfig(Choice):
 
     section: ClassVar[str] = "index"
 
-    # What is searched together; it changes no index.
-    not_of_the_rows: ClassVar[tuple[str, ...]] = ("collections", "partition_by")
+    # What is searched together, where it lies and how it is searched; it changes no built index.
+    not_of_the_rows: ClassVar[tuple[str, ...]] = ("collections", "partition_by", "folder")
 
     metric: Metric = setting(Metric.cosine, "cosine, or ip for the plain inner product")
     collections: list[str] = setting(
@@ -69,6 +70,11 @@ class IndexConfig(Choice):
     )
     partition_by: str = setting(
         "", "column of the store of which each value makes a collection with an index of its own"
+    )
+    folder: str = setting(
+        "",
+        "folder of the saved index, which says by itself of what kind it is; by default the one "
+        "beside the store",
     )
 
 
@@ -224,6 +230,7 @@ class Config:
     feedback: FeedbackConfig = dataclasses.field(default_factory=FeedbackConfig)
     classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
     filtering: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    indexing: IndexingConfig = dataclasses.field(default_factory=IndexingConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

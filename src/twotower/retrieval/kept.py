@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
@@ -15,7 +16,7 @@ from twotower.retrieval.build import build_index, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
-from twotower.retrieval.saved import MANIFEST, load_index, save_index
+from twotower.retrieval.saved import MANIFEST, load_index, read_manifest, save_index
 from twotower.settings import ConfigError, to_plain
 
 log = logging.getLogger(__name__)
@@ -30,28 +31,27 @@ def open_index(
     """The kept index of a store's pictures or captions if it fits, else a new one, which is kept.
 
     It fits if it was made from these rows with these settings and this seed. The exact index has
-    nothing to learn and is built at once from the store's files, so it is never kept. Where nothing
-    can be written, the search goes on with a warning.
+    nothing to learn and is built at once from the store's files, so a search does not keep it, but
+    takes the one that `twotower index` saved. Where nothing can be written, the search goes on with
+    a warning. With `index.folder` the index is the one that is saved there.
 
     Raises:
-        ConfigError: as `build_index` does.
+        ConfigError: as `build_index` does; or the folder that is named holds no index of this
+            store.
     """
+    if config.folder:
+        return open_named(config, store, modality)
+    saved = saved_index(config, store, seed, modality)
+    if saved is not None:
+        return saved
+    log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
+    index = build_index(config, store, modality=modality, seed=seed)
     if isinstance(config, ExactConfig):
-        return _built(config, store, seed, modality)
-    folder = kept_folder(config, store, modality)
-    fingerprint = _fingerprint(config, store, seed, modality)
-    try:
-        index = load_index(folder, fingerprint)
-    except ConfigError as reason:
-        # It is only a cache; what is wrong with the config itself is said by the building.
-        if (folder / MANIFEST).exists():
-            log.info("%s", str(reason).replace("build it again", "building it again"))
-    else:
-        log.info("using the index %s, built earlier from the same rows", folder)
         return index
-    index = _built(config, store, seed, modality)
+    folder = kept_folder(config, store, modality)
+    fingerprint = index_fingerprint(config, store, seed, modality)
     try:
-        save_index(index, folder, fingerprint)
+        save_index(index, folder, fingerprint, about_rows(store, seed, modality))
     except (ConfigError, OSError) as error:
         log.warning("the index is not kept for the next search: %s", error)
     else:
@@ -59,33 +59,79 @@ def open_index(
     return index
 
 
+def saved_index(
+    config: IndexConfig,
+    store: EmbeddingStore,
+    seed: int = 1,
+    modality: Modality = Modality.images,
+) -> VectorIndex | None:
+    """The kept index if it fits; None, and a line in the log that says why, if not."""
+    folder = kept_folder(config, store, modality)
+    fingerprint = index_fingerprint(config, store, seed, modality)
+    try:
+        index = load_index(folder, fingerprint, config)
+    except ConfigError as reason:
+        # It is only a cache; what is wrong with the config itself is said by the building.
+        if (folder / MANIFEST).exists():
+            log.info("%s", str(reason).replace("build it again", "building it again"))
+        return None
+    log.info("using the index %s, built earlier from the same rows", folder)
+    return index
+
+
+def open_named(config: IndexConfig, store: EmbeddingStore, modality: Modality) -> VectorIndex:
+    """The index that is saved in `index.folder`, of whatever kind, if it is of the store's rows.
+
+    Raises:
+        ConfigError: there is none, or it was built from other rows.
+    """
+    folder = kept_folder(config, store, modality)
+    rows = read_manifest(folder).get("about", {}).get("rows_fingerprint")
+    if rows != store_fingerprint(store, modality):
+        raise ConfigError(
+            f"the index {folder} was not built from the {modality.name} of the store "
+            f"{store.folder}; build it with `twotower index` and the same store= and index.folder="
+        )
+    index = load_index(folder)
+    log.info("using the index %s: %s", folder, index.config.registered_name)
+    return index
+
+
 def kept_folder(
     config: IndexConfig, store: EmbeddingStore, modality: Modality = Modality.images
 ) -> Path:
-    """`index/<store>-<index>` beside the store's folder, `models/<run>/index/store-HNSW32`.
+    """`index.folder`, or `index/<store>-<index>` beside the store, as in `index/store-HNSW32`.
 
     An index of captions has `-texts` behind it.
     """
+    of_texts = "-texts" if modality is Modality.texts else ""
+    if config.folder:
+        named = Path(config.folder)
+        return named.with_name(named.name + of_texts) if of_texts else named
     name = config.factory if isinstance(config, FaissConfig) else config.registered_name
     safe = re.sub(r"[^\w,.-]", "_", name)[:100]
     place = store.folder
     if not place.name.strip("."):  # given as `.` or `..`: what it is called says the whole path
         place = Path(os.path.abspath(place))
-    of_texts = "-texts" if modality is Modality.texts else ""
     return place.parent / "index" / f"{place.name}-{safe}{of_texts}"
 
 
-def _built(
+def index_fingerprint(
     config: IndexConfig, store: EmbeddingStore, seed: int, modality: Modality
-) -> VectorIndex:
-    log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
-    return build_index(config, store, modality=modality, seed=seed)
-
-
-def _fingerprint(config: IndexConfig, store: EmbeddingStore, seed: int, modality: Modality) -> str:
-    rows = store_fingerprint(store, modality)
+) -> str:
+    """Names the rows and the settings that an index is built from."""
     settings = to_plain(config)
-    for name in IndexConfig.not_of_the_rows:
+    for name in config.not_of_the_rows:
         settings.pop(name)
-    about = [rows, config.registered_name, settings, seed]
+    about = [store_fingerprint(store, modality), config.registered_name, settings, seed]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def about_rows(store: EmbeddingStore, seed: int, modality: Modality) -> dict[str, Any]:
+    """What a saved index tells of its origin."""
+    return {
+        "store": os.path.abspath(store.folder),
+        "modality": modality.name,
+        "rows_fingerprint": store_fingerprint(store, modality),
+        "seed": seed,
+    }

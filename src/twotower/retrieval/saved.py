@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from twotower.checkpoint.atomic import replacing
+from twotower.config import IndexConfig
 from twotower.retrieval.index import INDEXES, VectorIndex
 from twotower.settings import ConfigError, from_plain, to_plain
 
@@ -15,11 +17,17 @@ FORMAT = 1
 MANIFEST = "index.json"
 
 
-def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
+def save_index(
+    index: VectorIndex,
+    folder: Path,
+    fingerprint: str = "",
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Write an index to a folder, replacing the one that is there.
 
     The data file has a new name each time and the manifest, which names it, is replaced last: a
-    reader sees the old index or the new one. `fingerprint` says what it was made from.
+    reader sees the old index or the new one. `fingerprint` says what it was made from, in one
+    word; `about`, which JSON can hold, tells it to people.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -35,6 +43,7 @@ def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
         "rows": len(index),
         "fingerprint": fingerprint,
         "file": name,
+        "about": dict(about or {}),
     }
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -43,19 +52,26 @@ def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
             old.unlink(missing_ok=True)
 
 
-def load_index(folder: Path, fingerprint: str | None = None) -> VectorIndex:
+def load_index(
+    folder: Path, fingerprint: str | None = None, config: IndexConfig | None = None
+) -> VectorIndex:
     """The index that `save_index` wrote.
+
+    Args:
+        config: settings to search it with, if they are those of another search of the same kind of
+            index; by default those that it was saved with.
 
     Raises:
         ConfigError: there is none, it is damaged, or it has another fingerprint.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if fingerprint is not None and fingerprint != manifest["fingerprint"]:
         raise ConfigError(
             f"the index {folder} was built from other rows or with other settings; build it again"
         )
-    config_class = INDEXES.config_class(manifest["kind"])
-    index = INDEXES.build(from_plain(config_class, manifest["config"]), manifest["dim"])
+    if config is None or config.registered_name != manifest["kind"]:
+        config = saved_config(manifest)
+    index = INDEXES.build(config, manifest["dim"])
     try:
         index.read(folder / manifest["file"])
     except ConfigError:
@@ -68,7 +84,19 @@ def load_index(folder: Path, fingerprint: str | None = None) -> VectorIndex:
     return index
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def saved_config(manifest: Mapping[str, Any]) -> IndexConfig:
+    """The settings that an index was saved with."""
+    config_class = INDEXES.config_class(manifest["kind"])
+    assert issubclass(config_class, IndexConfig)
+    return from_plain(config_class, manifest["config"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What stands in the manifest of a saved index.
+
+    Raises:
+        ConfigError: there is none, or it is damaged or of another version.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["kind"] not in set(INDEXES):

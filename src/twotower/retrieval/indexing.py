@@ -1,0 +1,157 @@
+"""What `twotower index` does: indexes built ahead of a search, saved, and told of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from twotower.config import Config, FreeText
+from twotower.console import say
+from twotower.embedding.store import EmbeddingStore
+from twotower.index_config import Indexed
+from twotower.retrieval.build import build_index, store_fingerprint
+from twotower.retrieval.index import INDEXES, Modality
+from twotower.retrieval.kept import about_rows, index_fingerprint, kept_folder
+from twotower.retrieval.opening import open_stores
+from twotower.retrieval.saved import read_manifest, save_index
+from twotower.runs import store_path
+from twotower.settings import ConfigError, to_plain
+
+log = logging.getLogger(__name__)
+
+MODALITIES = {
+    Indexed.image: (Modality.images,),
+    Indexed.text: (Modality.texts,),
+    Indexed.both: (Modality.images, Modality.texts),
+}
+
+
+def index_store(config: Config, free: FreeText) -> None:
+    """Build and save the indexes of the stores, or with the verb `show` describe a saved one.
+
+    Raises:
+        ConfigError: the store is missing or lacks a modality, or the index cannot take its rows.
+    """
+    if free.verb == "show":
+        say(describe(Path(free.path) if free.path is not None else _folder_of(config)))
+        return
+    if free.verb is not None:
+        raise ConfigError(
+            f"index does not know {free.verb}; it builds (`twotower index store=... index=...`) or "
+            "shows what is saved (`twotower index show path=...`)"
+        )
+    if config.index.partition_by:
+        raise ConfigError(
+            "index.partition_by makes a small index a value when a search begins; leave it out here"
+        )
+    if config.distributed.num_threads:
+        torch.set_num_threads(config.distributed.num_threads)
+    stores = open_stores(store_path(config), config.index.collections)
+    if config.index.folder and len(stores) > 1:
+        raise ConfigError(
+            f"index.folder names the index of one store, but there are {len(stores)}; leave it out"
+        )
+    for store in stores.values():
+        for modality in MODALITIES[config.indexing.modality]:
+            say(describe(save_of_store(config, store, modality)))
+
+
+def save_of_store(config: Config, store: EmbeddingStore, modality: Modality) -> Path:
+    """Build the index of a store's pictures or captions and save it, if it is not there yet.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        ConfigError: as `build_index` and `save_index` do.
+    """
+    folder = kept_folder(config.index, store, modality)
+    fingerprint = index_fingerprint(config.index, store, config.seed, modality)
+    if not config.indexing.overwrite and _is_there(folder, fingerprint, config):
+        say(f"{folder} is there already; build it again with indexing.overwrite=true\n")
+        return folder
+    started = time.monotonic()
+    index = build_index(config.index, store, modality=modality, seed=config.seed)
+    seconds = time.monotonic() - started
+    rate = len(index) / max(seconds, 1e-9)
+    log.info("indexed %s rows in %.1f s, %s rows/s", f"{len(index):,}", seconds, f"{rate:,.0f}")
+    about = {**about_rows(store, config.seed, modality), "build_seconds": round(seconds, 3)}
+    save_index(index, folder, fingerprint, about)
+    return folder
+
+
+def _is_there(folder: Path, fingerprint: str, config: Config) -> bool:
+    """Whether the index that would be built is saved already, with the same search settings."""
+    try:
+        there = read_manifest(folder)
+    except ConfigError:
+        return False
+    return bool(there["fingerprint"] == fingerprint and there["config"] == to_plain(config.index))
+
+
+def _folder_of(config: Config) -> Path:
+    """Where the index of the config lies.
+
+    Raises:
+        ConfigError: there are several stores, or none.
+    """
+    if config.index.folder:
+        return Path(config.index.folder)
+    stores = list(open_stores(store_path(config), config.index.collections).values())
+    if len(stores) > 1:
+        raise ConfigError(f"there are {len(stores)} stores; say which index with path=...")
+    chosen = MODALITIES[config.indexing.modality][0]
+    return kept_folder(config.index, stores[0], chosen)
+
+
+def describe(folder: Path) -> str:
+    """The facts of a saved index, a line each.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    there = read_manifest(folder)
+    about = there.get("about", {})
+    data = folder / there["file"]
+    if not data.is_file():
+        raise ConfigError(f"the index {folder} is damaged; build it again")
+    size, rows = data.stat().st_size, there["rows"]
+    facts = {
+        "index": str(folder),
+        "kind": " ".join(filter(None, [there["kind"], there["config"].get("factory")])),
+        "rows": f"{rows:,} of dimension {there['dim']}",
+        "size": f"{size / 1e6:,.1f} MB, {size / max(rows, 1):,.0f} bytes a vector",
+        "settings": _settings(there["kind"], there["config"]),
+        "built": f"in {about['build_seconds']:,.1f} s" if "build_seconds" in about else "",
+        "fingerprint": there["fingerprint"],
+        "store": _store_of(about),
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items() if fact)
+
+
+def _settings(kind: str, settings: dict[str, object]) -> str:
+    """What differs from the defaults."""
+    usual = to_plain(INDEXES.config_class(kind)())
+    differing = [
+        f"index.{name}={value}"
+        for name, value in settings.items()
+        if value != usual.get(name) and name not in ("collections", "folder")
+    ]
+    return " ".join(differing) or "the defaults"
+
+
+def _store_of(about: dict[str, str]) -> str:
+    """The store of an index, and whether it still has the rows that are in the index."""
+    if "store" not in about:
+        return ""
+    what = f"the {about['modality']} of {about['store']}"
+    try:
+        store = EmbeddingStore.open(Path(about["store"]))
+        same = store_fingerprint(store, Modality[about["modality"]]) == about["rows_fingerprint"]
+    except ConfigError:
+        return f"{what}, which cannot be opened now"
+    return f"{what}, which {'has the same rows' if same else 'HAS OTHER ROWS NOW: build it again'}"
