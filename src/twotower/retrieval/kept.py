@@ -12,11 +12,18 @@ from typing import Any
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval.build import build_index, store_fingerprint
+from twotower.retrieval.build import build_index, shards_of, store_fingerprint
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
-from twotower.retrieval.saved import MANIFEST, load_index, read_manifest, save_index
+from twotower.retrieval.rerank import RerankedIndex
+from twotower.retrieval.saved import (
+    MANIFEST,
+    load_index,
+    read_manifest,
+    save_index,
+    saved_config,
+)
 from twotower.settings import ConfigError, to_plain
 
 log = logging.getLogger(__name__)
@@ -56,6 +63,8 @@ def open_index(
         log.warning("the index is not kept for the next search: %s", error)
     else:
         log.info("kept the index in %s", folder)
+        if isinstance(config, FaissConfig) and config.memory_map:
+            return _with_rows(load_index(folder, config=config), store, modality)
     return index
 
 
@@ -69,7 +78,7 @@ def saved_index(
     folder = kept_folder(config, store, modality)
     fingerprint = index_fingerprint(config, store, seed, modality)
     try:
-        index = load_index(folder, fingerprint, config)
+        index = _with_rows(load_index(folder, fingerprint, config), store, modality)
     except ConfigError as reason:
         # It is only a cache; what is wrong with the config itself is said by the building.
         if (folder / MANIFEST).exists():
@@ -86,14 +95,26 @@ def open_named(config: IndexConfig, store: EmbeddingStore, modality: Modality) -
         ConfigError: there is none, or it was built from other rows.
     """
     folder = kept_folder(config, store, modality)
-    rows = read_manifest(folder).get("about", {}).get("rows_fingerprint")
+    manifest = read_manifest(folder)
+    rows = manifest.get("about", {}).get("rows_fingerprint")
     if rows != store_fingerprint(store, modality):
         raise ConfigError(
             f"the index {folder} was not built from the {modality.name} of the store "
             f"{store.folder}; build it with `twotower index` and the same store= and index.folder="
         )
-    index = load_index(folder)
-    log.info("using the index %s: %s", folder, index.config.registered_name)
+    saved = saved_config(manifest)
+    if isinstance(saved, FaissConfig) and isinstance(config, FaissConfig):
+        saved = saved.searched_as(config)
+    index = load_index(folder, config=saved)
+    log.info("using the index %s: %s", folder, index_name(saved))
+    return _with_rows(index, store, modality)
+
+
+def _with_rows(index: VectorIndex, store: EmbeddingStore, modality: Modality) -> VectorIndex:
+    """A loaded index with the rows of its store, if it scores by them."""
+    if isinstance(index, RerankedIndex):
+        shards, normalized = shards_of(store, modality), store.manifest.normalized
+        index.attach(shards, store.row_ids(), normalized=normalized)
     return index
 
 
@@ -108,12 +129,16 @@ def kept_folder(
     if config.folder:
         named = Path(config.folder)
         return named.with_name(named.name + of_texts) if of_texts else named
-    name = config.factory if isinstance(config, FaissConfig) else config.registered_name
-    safe = re.sub(r"[^\w,.-]", "_", name)[:100]
+    safe = re.sub(r"[^\w,.-]", "_", index_name(config))[:100]
     place = store.folder
     if not place.name.strip("."):  # given as `.` or `..`: what it is called says the whole path
         place = Path(os.path.abspath(place))
     return place.parent / "index" / f"{place.name}-{safe}{of_texts}"
+
+
+def index_name(config: IndexConfig) -> str:
+    """What tells an index from others of the same rows: the factory string, or the kind."""
+    return config.factory if isinstance(config, FaissConfig) else config.registered_name
 
 
 def index_fingerprint(
