@@ -60,7 +60,6 @@ def test_a_search_opens_what_was_saved(
     monkeypatch.setattr("twotower.retrieval.kept.build_index", not_again)
     found = open_index(index, written).search(rows[:5], 4)
     np.testing.assert_array_equal(found.ids, want.ids)
-    monkeypatch.setattr("twotower.retrieval.indexing.build_index", not_again)
     index_store(of(config, written, index), BUILD)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="built again"):

@@ -119,10 +119,18 @@ class FaissIndex:
         if config.gpu:
             check_gpu()
 
+    def search_with(self, **settings: float) -> None:
+        """Change settings of the search: `nprobe`, `ef_search`, `k_factor`."""
+        self.config = dataclasses.replace(self.config, **settings)  # type: ignore[arg-type]
+        self._apply()
+
     def _use(self, index: Any) -> None:
         self._index = index
         self._mapped = False
-        self._searched: Any = None  # the copy on a GPU, until rows come or go
+        self._apply()
+
+    def _apply(self) -> None:
+        self._searched: Any = None  # the copy on a GPU, until rows or settings change
         settings = (
             ("nprobe", self.config.nprobe),
             ("efSearch", self.config.ef_search),
@@ -131,7 +139,7 @@ class FaissIndex:
         for name, value in settings:
             if value:
                 with self._sentence(f"has no {name} to set"):
-                    self._faiss.ParameterSpace().set_index_parameter(index, name, value)
+                    self._faiss.ParameterSpace().set_index_parameter(self._index, name, value)
 
     @contextmanager
     def _sentence(self, what: str) -> Iterator[None]:
@@ -253,4 +261,4 @@ def build_faiss(config: FaissConfig, dim: int) -> VectorIndex:
         ConfigError: FAISS is not installed, or cannot make the factory string's index.
     """
     index = FaissIndex(config, dim)
-    return RerankedIndex(index, config.rerank) if config.rerank else index
+    return RerankedIndex(index) if config.rerank else index

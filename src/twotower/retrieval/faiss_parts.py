@@ -81,7 +81,7 @@ def _prepare_rotations(index: Any, bits: int) -> None:
     for place in range(index.chain.size()):
         transform = faiss.downcast_VectorTransform(index.chain.at(place))
         if isinstance(transform, faiss.OPQMatrix):
-            codes = faiss.ProductQuantizer(transform.d_out, transform.M, bits)
+            codes: Any = faiss.ProductQuantizer(transform.d_out, transform.M, bits)
             codes.cp.min_points_per_centroid = 1
             codes.this.disown()  # the transform keeps no reference that Python knows of
             transform.pq = codes

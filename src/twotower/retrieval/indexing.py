@@ -12,11 +12,12 @@ from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.embedding.store import EmbeddingStore
 from twotower.index_config import Indexed
-from twotower.retrieval.build import build_index, store_fingerprint
+from twotower.retrieval.build import store_fingerprint
+from twotower.retrieval.card import CARD, Card, table
 from twotower.retrieval.index import INDEXES, Modality
-from twotower.retrieval.kept import about_rows, index_fingerprint, kept_folder
+from twotower.retrieval.kept import index_fingerprint, keep_index, kept_folder, make_index
 from twotower.retrieval.opening import open_stores
-from twotower.retrieval.saved import read_manifest, save_index
+from twotower.retrieval.saved import read_manifest
 from twotower.runs import store_path
 from twotower.settings import ConfigError, to_plain
 
@@ -74,22 +75,40 @@ def save_of_store(config: Config, store: EmbeddingStore, modality: Modality) -> 
         say(f"{folder} is there already; build it again with indexing.overwrite=true\n")
         return folder
     started = time.monotonic()
-    index = build_index(config.index, store, modality=modality, seed=config.seed)
+    made = make_index(config.index, store, config.seed, modality)
     seconds = time.monotonic() - started
-    rate = len(index) / max(seconds, 1e-9)
-    log.info("indexed %s rows in %.1f s, %s rows/s", f"{len(index):,}", seconds, f"{rate:,.0f}")
-    about = {**about_rows(store, config.seed, modality), "build_seconds": round(seconds, 3)}
-    save_index(index, folder, fingerprint, about)
+    rows = len(made.searched)
+    rate = rows / max(seconds, 1e-9)
+    log.info("indexed %s rows in %.1f s, %s rows/s", f"{rows:,}", seconds, f"{rate:,.0f}")
+    if made.card is not None:
+        tell(made.card)
+    keep_index(
+        *(made, folder, config.index, store, config.seed, modality),
+        build_seconds=round(seconds, 3),
+    )
     return folder
 
 
+def tell(card: Card) -> None:
+    """Print what was tried and chosen; warn if text queries find too little."""
+    for line in table(card):
+        say(line)
+    say(f"\n{card.chosen}: {card.reason}")
+    for sentence in card.advice:
+        say(sentence)
+    say()
+    if warning := card.warning():
+        log.warning("%s", warning)
+
+
 def _is_there(folder: Path, fingerprint: str, config: Config) -> bool:
-    """Whether the index that would be built is saved already, with the same search settings."""
+    """Whether the index that would be built is saved already, and asked for in the same words."""
     try:
         there = read_manifest(folder)
     except ConfigError:
         return False
-    return bool(there["fingerprint"] == fingerprint and there["config"] == to_plain(config.index))
+    asked = {"kind": config.index.registered_name, **to_plain(config.index)}
+    return bool(there["fingerprint"] == fingerprint and there["about"].get("asked") == asked)
 
 
 def _folder_of(config: Config) -> Path:
@@ -126,6 +145,7 @@ def describe(folder: Path) -> str:
         "size": f"{size / 1e6:,.1f} MB, {size / max(rows, 1):,.0f} bytes a vector",
         "settings": _settings(there["kind"], there["config"]),
         "built": f"in {about['build_seconds']:,.1f} s" if "build_seconds" in about else "",
+        "card": str(folder / f"{CARD}.md") if (folder / f"{CARD}.md").is_file() else "",
         "fingerprint": there["fingerprint"],
         "store": _store_of(about),
     }

@@ -8,12 +8,14 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
+from twotower.retrieval.auto import AutoConfig, choose
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
-from twotower.retrieval.exact import ExactConfig
+from twotower.retrieval.card import Card, write_card
+from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
 from twotower.retrieval.rerank import RerankedIndex
@@ -52,13 +54,13 @@ def open_index(
     if saved is not None:
         return saved
     log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
-    index = build_index(config, store, modality=modality, seed=seed)
-    if isinstance(config, ExactConfig):
+    made = make_index(config, store, seed, modality)
+    index = made.searched
+    if isinstance(index, ExactIndex):
         return index
     folder = kept_folder(config, store, modality)
-    fingerprint = index_fingerprint(config, store, seed, modality)
     try:
-        save_index(index, folder, fingerprint, about_rows(store, seed, modality))
+        keep_index(made, folder, config, store, seed, modality)
     except (ConfigError, OSError) as error:
         log.warning("the index is not kept for the next search: %s", error)
     else:
@@ -66,6 +68,52 @@ def open_index(
         if isinstance(config, FaissConfig) and config.memory_map:
             return _with_rows(load_index(folder, config=config), store, modality)
     return index
+
+
+class Made(NamedTuple):
+    """A new index, and the card of one that was chosen by measuring."""
+
+    searched: VectorIndex
+    card: Card | None = None
+
+
+def make_index(config: IndexConfig, store: EmbeddingStore, seed: int, modality: Modality) -> Made:
+    """The index of a config, or with `index=auto` the one that measuring has chosen.
+
+    Raises:
+        ConfigError: as `build_index` and `choose` do.
+    """
+    if isinstance(config, AutoConfig):
+        return Made(*choose(config, store, seed, modality))
+    return Made(build_index(config, store, modality=modality, seed=seed))
+
+
+def keep_index(
+    made: Made,
+    folder: Path,
+    config: IndexConfig,
+    store: EmbeddingStore,
+    seed: int,
+    modality: Modality,
+    **about: Any,
+) -> None:
+    """Save an index, and its card, where `saved_index` finds it.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    fingerprint = index_fingerprint(config, store, seed, modality)
+    rows = {
+        "store": os.path.abspath(store.folder),
+        "modality": modality.name,
+        "rows_fingerprint": store_fingerprint(store, modality),
+        "seed": seed,
+        "asked": {"kind": config.registered_name, **to_plain(config)},
+    }
+    if made.card is not None:
+        made.card.fingerprint = fingerprint
+        write_card(made.card, folder)
+    save_index(made.searched, folder, fingerprint, {**rows, **about})
 
 
 def saved_index(
@@ -150,13 +198,3 @@ def index_fingerprint(
         settings.pop(name)
     about = [store_fingerprint(store, modality), config.registered_name, settings, seed]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def about_rows(store: EmbeddingStore, seed: int, modality: Modality) -> dict[str, Any]:
-    """What a saved index tells of its origin."""
-    return {
-        "store": os.path.abspath(store.folder),
-        "modality": modality.name,
-        "rows_fingerprint": store_fingerprint(store, modality),
-        "seed": seed,
-    }

@@ -5,37 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twotower.config import IndexConfig
 from twotower.retrieval.index import (
     NO_ID,
     AnyFloatArray,
     IdArray,
     SearchResult,
-    VectorIndex,
     check_query,
     no_hits,
 )
 from twotower.retrieval.rows import Rows, as_stored
 from twotower.settings import ConfigError
 
+if TYPE_CHECKING:
+    from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
+
 
 class RerankedIndex:
-    """An index whose k * factor best are scored again by their rows, of which the k best remain.
+    """A FAISS index whose best k * rerank are scored again by their rows; the best k remain.
 
     The rows stay where they are: in the memory maps of a store, or in arrays that are added. They
     are not saved with the index; one that is loaded gets them by `attach`.
     """
 
-    def __init__(self, inner: VectorIndex, factor: float) -> None:
+    def __init__(self, inner: FaissIndex) -> None:
         self.inner = inner
-        self._factor = factor
         self._rows = Rows(inner.dim, inner.config.metric)
 
     @property
-    def config(self) -> IndexConfig:
+    def config(self) -> FaissConfig:
         """That of the index inside."""
         return self.inner.config
 
@@ -59,6 +60,10 @@ class RerankedIndex:
     def train_rows(self) -> int:
         """As the index inside."""
         return self.inner.train_rows
+
+    def search_with(self, **settings: float) -> None:
+        """Change settings of the search, `rerank` among them."""
+        self.inner.search_with(**settings)
 
     def train(self, rows: AnyFloatArray, *, normalized: bool = False) -> None:
         """Train the index inside; see `VectorIndex.train`."""
@@ -113,7 +118,7 @@ class RerankedIndex:
         """The k best of the candidates of each query (Q, dim); see `VectorIndex.search`."""
         check_query(queries, self.dim, k)
         self._check()
-        candidates = min(math.ceil(k * self._factor), len(self))
+        candidates = min(math.ceil(k * self.config.rerank), len(self))
         if not candidates or not len(queries):
             return no_hits(len(queries), k)
         ids = self.inner.search(queries, candidates).ids
