@@ -25,3 +25,6 @@ class IndexingConfig(Section):
 
     modality: Indexed = setting(Indexed.image, "image: index pictures; text: captions; or both")
     overwrite: bool = setting(False, "build again what is there already")
+    clip_retrieval: bool = setting(
+        True, "write what clip-retrieval opens too: image.index, text.index and metadata/"
+    )

@@ -10,7 +10,8 @@ import pytest
 from tests.retrieval.written import clustered_rows, write_store
 from twotower.config import Config, FreeText
 from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval.auto import AutoConfig, Preference, choose
+from twotower.retrieval.auto import choose
+from twotower.retrieval.auto_config import AutoConfig, Preference
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.index import Modality, unit_rows
 from twotower.retrieval.indexing import index_store

@@ -50,7 +50,7 @@ def test_a_search_opens_what_was_saved(
     want = open_index(dataclasses.replace(index), written).search(rows[:5], 4)
     index_store(of(config, written, index), BUILD)
     said = capsys.readouterr().out
-    assert f"index        {kept_folder(index, written)}" in said
+    assert str(kept_folder(index, written)) in said
     assert "120 of dimension 12" in said
     assert f"the images of {written.folder}, which has the same rows" in said
 

@@ -21,6 +21,7 @@ from twotower.retrieval.faiss_parts import (
     read_index,
     stored_ids,
     to_gpu,
+    without_ids,
 )
 from twotower.retrieval.index import (
     INDEXES,
@@ -240,6 +241,16 @@ class FaissIndex:
         """Write FAISS's own file, which holds the ids too."""
         with self._sentence("cannot be written"):  # a full disk is a RuntimeError of FAISS
             self._faiss.write_index(self._index, str(file))
+
+    def write_bare(self, file: Path) -> None:
+        """Write FAISS's own file without our ids, where FAISS keeps them beside the index."""
+        with self._sentence("cannot be written"):
+            self._faiss.write_index(without_ids(self._index)[0], str(file))
+
+    @property
+    def faiss_index(self) -> Any:
+        """What FAISS has made."""
+        return self._index
 
     def read(self, file: Path) -> None:
         """Take over a file that `write` wrote, which stays mapped with `memory_map`.

@@ -37,6 +37,18 @@ def keeps_ids(index: Any) -> bool:
     return isinstance(index, faiss.IndexIDMap | faiss.IndexIVF)
 
 
+def without_ids(index: Any) -> tuple[Any, IdArray | None]:
+    """The index inside that numbers its rows 0, 1, 2, ..., and our ids in that order.
+
+    Of an index that keeps our ids by itself the index, and None.
+    """
+    import faiss
+
+    if not isinstance(index, faiss.IndexIDMap):
+        return index, None
+    return faiss.downcast_index(index.index), faiss.vector_to_array(index.id_map)
+
+
 def stored_ids(index: Any) -> list[IdArray]:
     """The ids that an index holds which `keeps_ids`, in pieces of any order."""
     import faiss

@@ -14,6 +14,7 @@ from twotower.embedding.store import EmbeddingStore
 from twotower.index_config import Indexed
 from twotower.retrieval.build import store_fingerprint
 from twotower.retrieval.card import CARD, Card, table
+from twotower.retrieval.clip_retrieval import NAMES, write_for_clip_retrieval
 from twotower.retrieval.index import INDEXES, Modality
 from twotower.retrieval.kept import index_fingerprint, keep_index, kept_folder, make_index
 from twotower.retrieval.opening import open_stores
@@ -23,6 +24,7 @@ from twotower.settings import ConfigError, to_plain
 
 log = logging.getLogger(__name__)
 
+FOR_CLIP_RETRIEVAL = (*NAMES.values(), "metadata")
 MODALITIES = {
     Indexed.image: (Modality.images,),
     Indexed.text: (Modality.texts,),
@@ -82,10 +84,15 @@ def save_of_store(config: Config, store: EmbeddingStore, modality: Modality) -> 
     log.info("indexed %s rows in %.1f s, %s rows/s", f"{rows:,}", seconds, f"{rate:,.0f}")
     if made.card is not None:
         tell(made.card)
-    keep_index(
+    data = keep_index(
         *(made, folder, config.index, store, config.seed, modality),
         build_seconds=round(seconds, 3),
     )
+    if config.indexing.clip_retrieval:
+        beside = folder
+        if modality is Modality.texts and config.indexing.modality is Indexed.both:
+            beside = kept_folder(config.index, store)  # one folder holds both
+        write_for_clip_retrieval(made.searched, store, modality, data, beside)
     return folder
 
 
@@ -145,6 +152,7 @@ def describe(folder: Path) -> str:
         "size": f"{size / 1e6:,.1f} MB, {size / max(rows, 1):,.0f} bytes a vector",
         "settings": _settings(there["kind"], there["config"]),
         "built": f"in {about['build_seconds']:,.1f} s" if "build_seconds" in about else "",
+        "also holds": ", ".join(name for name in FOR_CLIP_RETRIEVAL if (folder / name).exists()),
         "card": str(folder / f"{CARD}.md") if (folder / f"{CARD}.md").is_file() else "",
         "fingerprint": there["fingerprint"],
         "store": _store_of(about),

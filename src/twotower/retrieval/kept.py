@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
-from twotower.retrieval.auto import AutoConfig, choose
+from twotower.retrieval.auto import choose
+from twotower.retrieval.auto_config import AutoConfig
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
 from twotower.retrieval.card import Card, write_card
 from twotower.retrieval.exact import ExactIndex
@@ -96,8 +97,11 @@ def keep_index(
     seed: int,
     modality: Modality,
     **about: Any,
-) -> None:
+) -> Path:
     """Save an index, and its card, where `saved_index` finds it.
+
+    Returns:
+        The file of the index itself.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -113,7 +117,7 @@ def keep_index(
     if made.card is not None:
         made.card.fingerprint = fingerprint
         write_card(made.card, folder)
-    save_index(made.searched, folder, fingerprint, {**rows, **about})
+    return save_index(made.searched, folder, fingerprint, {**rows, **about})
 
 
 def saved_index(

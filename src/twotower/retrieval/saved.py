@@ -22,12 +22,15 @@ def save_index(
     folder: Path,
     fingerprint: str = "",
     about: Mapping[str, Any] | None = None,
-) -> None:
+) -> Path:
     """Write an index to a folder, replacing the one that is there.
 
     The data file has a new name each time and the manifest, which names it, is replaced last: a
     reader sees the old index or the new one. `fingerprint` says what it was made from, in one
     word; `about`, which JSON can hold, tells it to people.
+
+    Returns:
+        The data file.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -50,6 +53,7 @@ def save_index(
     for old in folder.glob("index-*.bin"):
         if old.name != name:
             old.unlink(missing_ok=True)
+    return folder / name
 
 
 def load_index(
