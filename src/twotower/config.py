@@ -14,6 +14,7 @@ from typing import ClassVar
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.engine_config import EngineConfig
+from twotower.index_config import IndexingConfig
 from twotower.model_config import ModelConfig
 from twotower.search_config import ClassifyConfig, FeedbackConfig, FilterConfig, SearchConfig
 from twotower.settings import Choice, ConfigError, Section, setting
@@ -59,10 +60,12 @@ class IndexConfig(EngineConfig):
 
     section: ClassVar[str] = "index"
 
-    # What is searched together, and where; it changes no index.
+    # What is searched together, where it lies and runs, and how it is searched; it changes no built
+    # index.
     not_of_the_rows: ClassVar[tuple[str, ...]] = (
         "collections",
         "partition_by",
+        "folder",
         *EngineConfig.not_of_the_answer,
     )
 
@@ -74,6 +77,11 @@ class IndexConfig(EngineConfig):
     )
     partition_by: str = setting(
         "", "column of the store of which each value makes a collection with an index of its own"
+    )
+    folder: str = setting(
+        "",
+        "folder of the saved index, which says by itself of what kind it is; by default the one "
+        "beside the store",
     )
 
 
@@ -229,6 +237,7 @@ class Config:
     feedback: FeedbackConfig = dataclasses.field(default_factory=FeedbackConfig)
     classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
     filtering: FilterConfig = dataclasses.field(default_factory=FilterConfig)
+    indexing: IndexingConfig = dataclasses.field(default_factory=IndexingConfig)
     benchmark: BenchmarkConfig = dataclasses.field(default_factory=BenchmarkConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

@@ -37,6 +37,10 @@ WORDS: dict[str, dict[str, str]] = {
         "compact": "rewrite an updated store in its source's order",
         "path=PATH": "the folder of the store that merge writes",
     },
+    "index": {
+        "show": "say what a saved index is, and whether its store still has the same rows",
+        "path=PATH": "the folder of the index that is shown; by default that of store= and index=",
+    },
     "search": {
         "query=TEXT": 'what to find: words, as typed; or a formula of "words", img:<file> and '
         'vec:<file>, as in 2*"dog" + img:pool.jpg - "leash"',
@@ -60,6 +64,7 @@ TOP_LEVEL: dict[str, tuple[str, ...]] = {
     "evaluate": ("seed", "checkpoint"),
     "encode": ("seed", "checkpoint"),
     "store": ("seed", "checkpoint", "store"),
+    "index": ("seed", "checkpoint", "store"),
     "search": ("seed", "checkpoint", "store"),
     "classify": ("seed", "checkpoint", "store"),
     "filter": ("seed", "checkpoint", "store"),
@@ -76,6 +81,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "evaluate": ("data", "evaluate", "zeroshot", "distributed", "run"),
     "encode": ("data", "encode", "distributed", "run"),
     "store": ("stores", "distributed", "run"),
+    "index": ("index", "indexing", "distributed", "run"),
     "search": ("index", "search", "feedback", "distributed", "run"),
     "classify": ("index", "classify", "distributed", "run"),
     "filter": ("index", "search", "filtering", "distributed", "run"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +74,66 @@ def test_search_settings_are_set_again_when_it_is_loaded(tmp_path: object) -> No
     other = FaissIndex(FaissConfig(factory="IVF8,Flat", nprobe=3), 8)
     other.read(tmp_path / "file")  # type: ignore[operator]
     assert (index._index.nprobe, other._index.nprobe) == (5, 3)
+
+
+def test_refinement_looks_at_more_candidates() -> None:
+    rows, queries = some_rows(600), some_rows(20)[:, ::-1].copy()
+    want = brute_force(unit_rows(rows), np.arange(600), queries, 10, Metric.cosine).ids
+
+    def found(**settings: object) -> int:
+        index = FaissIndex(FaissConfig(factory="PQ4x4,RFlat", **settings), 8)  # type: ignore[arg-type]
+        index.add(rows)
+        return int((index.search(queries, 10).ids == want).sum())
+
+    assert found() < found(k_factor=60) == want.size
+    assert "has no k_factor_rf to set" in refusal(FaissConfig(k_factor=2))
+    for name in ("k_factor", "rerank"):
+        with pytest.raises(ConfigError, match=f"index.{name} must be 0 or at least 1, not 0.5"):
+            FaissConfig(**{name: 0.5})  # type: ignore[arg-type]
+
+
+MAPPED = ("Flat", "SQ8", "HNSW16", "PQ4", "RaBitQ", "IVF8,Flat", "OPQ4_8,IVF8,PQ4x4", "SQ8,RFlat")
+
+
+@pytest.mark.parametrize("factory", MAPPED)
+def test_a_mapped_index_answers_the_same_and_takes_no_rows(factory: str, tmp_path: Path) -> None:
+    rows = some_rows(300)
+    config = FaissConfig(factory=factory)
+    index = FaissIndex(config, 8)
+    index.add(rows)
+    index.write(tmp_path / "file")
+    mapped = FaissIndex(dataclasses.replace(config, memory_map=True), 8)
+    mapped.read(tmp_path / "file")
+    for one, other in zip(index.search(rows[:9], 5), mapped.search(rows[:9], 5), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for change in (lambda: mapped.add(rows[:1]), lambda: mapped.delete(np.array([3]))):
+        with pytest.raises(ConfigError, match="opens an index for searching only"):
+            change()
+
+
+def test_says_what_cannot_be_mapped(tmp_path: Path) -> None:
+    config = FaissConfig(factory="PQ4x4fs", memory_map=True)
+    index = FaissIndex(config, 8)
+    index.add(some_rows())
+    index.write(tmp_path / "file")
+    with pytest.raises(ConfigError, match="FAISS cannot map FastScan codes"):
+        FaissIndex(config, 8).read(tmp_path / "file")
+
+
+def test_without_a_gpu_it_says_what_to_install() -> None:
+    assert "needs FAISS for GPUs and a CUDA device" in refusal(FaissConfig(gpu=True))
+
+
+def test_few_rows_to_train_on_are_one_line(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    FaissIndex(FaissConfig(factory="OPQ2_4,IVF8,PQ2x4"), 8).add(some_rows(60))
+    assert capfd.readouterr().err == ""
+    (line,) = caplog.messages
+    assert line == (
+        "index.factory 'OPQ2_4,IVF8,PQ2x4' learns 16 centroids from 60 rows; FAISS advises 624 or "
+        "more"
+    )
 
 
 def test_training_is_decided_by_the_seed() -> None:

@@ -13,6 +13,7 @@ from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
 from twotower.retrieval.index import SearchResult, VectorIndex
 from twotower.retrieval.kept import kept_folder, open_index
+from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError
 
 IVF = FaissConfig(factory="IVF2,Flat", nprobe=2)
@@ -107,7 +108,7 @@ def test_a_changed_store_gets_a_new_index_in_place_of_the_old(
     assert built == []
 
 
-@pytest.mark.parametrize("change", [{"nprobe": 1}, {"sample_rows": 20}, {"seed": 2}])
+@pytest.mark.parametrize("change", [{"sample_rows": 20}, {"seed": 2}])
 def test_other_settings_get_a_new_index(
     change: dict[str, int], here: EmbeddingStore, built: list[str]
 ) -> None:
@@ -117,6 +118,41 @@ def test_other_settings_get_a_new_index(
     other = open_index(dataclasses.replace(IVF, **change), here, seed)
     assert "train" in built
     assert other.config == dataclasses.replace(IVF, **change)
+
+
+def test_other_search_settings_open_the_same_index(
+    here: EmbeddingStore, built: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = found(open_index(IVF, here), here)
+    built.clear()
+    for change in ({"nprobe": 1}, {"memory_map": True}, {"rerank": 6.0}):
+        config = dataclasses.replace(IVF, **change)  # type: ignore[arg-type]
+        opened = open_index(config, here)
+        assert opened.config == config
+        if "nprobe" not in change:
+            np.testing.assert_array_equal(found(opened, here).ids, first.ids)
+    assert built == []
+    named = dataclasses.replace(IVF, folder=str(kept_folder(IVF, here)), nprobe=0, rerank=2.0)
+    again = open_index(named, here)
+    assert isinstance(again.config, FaissConfig)
+    assert (again.config.nprobe, again.config.rerank) == (2, 2.0)  # as saved; as asked
+
+
+def test_rows_stay_in_the_store_where_they_re_rank(here: EmbeddingStore) -> None:
+    config = FaissConfig(factory="SQ8", rerank=4)
+    exact = found(open_index(ExactConfig(), here), here)
+    for index in (open_index(config, here), open_index(config, here)):
+        assert isinstance(index, RerankedIndex)
+        assert all(isinstance(part.rows, np.memmap) for part in index._rows.parts)
+        assert index.nbytes == index.inner.nbytes
+        assert_same(found(index, here), exact)
+
+
+def test_a_mapped_index_is_mapped_by_the_search_that_builds_it_too(here: EmbeddingStore) -> None:
+    config = FaissConfig(factory="SQ8", memory_map=True)
+    for index in (open_index(config, here), open_index(config, here)):
+        with pytest.raises(ConfigError, match="opens an index for searching only"):
+            index.delete(np.array([0]))
 
 
 def test_a_damaged_index_is_built_again(here: EmbeddingStore, built: list[str]) -> None:

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from twotower.config import IndexConfig
+from twotower.console import progress
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.index import INDEXES, AnyFloatArray, IdArray, Modality, VectorIndex
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)
+
+ADD_ROWS = 65_536  # rows an index takes at a time: what a shard of a store holds by default
 
 
 def build_index(
@@ -47,10 +50,14 @@ def build_index(
         chosen = sample_positions(count, index.train_rows, seed)
         index.train(gather(shards, chosen), normalized=normalized)
     first = 0
-    for shard in shards:
-        part = None if ids is None else ids[first : first + len(shard)]
-        index.add(shard, part, normalized=normalized)
-        first += len(shard)
+    with progress("indexing", count, "rows") as bar:
+        for shard in shards:
+            for start in range(0, len(shard), ADD_ROWS):
+                rows = shard[start : start + ADD_ROWS]
+                part = None if ids is None else ids[first : first + len(rows)]
+                index.add(rows, part, normalized=normalized)
+                first += len(rows)
+                bar.advance(len(rows))
     log.debug("indexed %d rows in %.1f s", count, time.monotonic() - started)
     return index
 

@@ -14,6 +14,7 @@ T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=IndexConfig)
 
 ON_RAY = ("exact", "faiss")  # what can be cut into shards
+ALONE = ("rerank", "memory_map", "gpu")  # settings of an index in one process
 
 
 class IndexRegistry(Registry[T]):
@@ -32,6 +33,9 @@ class IndexRegistry(Registry[T]):
                 f"index={config.registered_name} has no shards of ours; index.engine=ray goes with "
                 f"index={' or '.join(ON_RAY)}"
             )
+        for name in ALONE:
+            if getattr(config, name, 0):
+                raise ConfigError(f"index.{name} does not go with index.engine=ray; leave it out")
         from twotower.retrieval.ray_index import RayIndex
 
         index: Any = RayIndex(config, *args, **kwargs)  # a VectorIndex, which is what T is here

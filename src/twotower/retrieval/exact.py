@@ -30,7 +30,7 @@ from twotower.retrieval.index import (
     norms_of,
 )
 from twotower.retrieval.reference_scan import ReferenceScan
-from twotower.retrieval.rows import Rows
+from twotower.retrieval.rows import Rows, as_stored
 from twotower.retrieval.tiers import Tier, make_scan
 from twotower.settings import ConfigError, setting
 
@@ -95,11 +95,8 @@ class ExactIndex:
             self._scan.append(kept)
 
     def _kept(self, rows: AnyFloatArray, normalized: bool) -> AnyFloatArray:
-        as_it_is = normalized or self.config.metric is Metric.ip
-        stored = self.config.memory is RowMemory.stored
-        if stored and as_it_is and rows.dtype in (np.float32, np.float16):
-            mapped = isinstance(rows, np.memmap) and rows.flags.c_contiguous
-            return rows if mapped else np.array(rows, order="C")
+        if self.config.memory is RowMemory.stored:
+            return as_stored(rows, self.config.metric, normalized)
         kept: AnyFloatArray = as_searched(rows, self.config.metric, normalized)
         if self.config.memory is RowMemory.fp16:
             with np.errstate(over="ignore"):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from twotower.config import IndexConfig
+from twotower.retrieval.faiss_parts import (
+    check_gpu,
+    keeps_ids,
+    prepare_training,
+    read_index,
+    stored_ids,
+    to_gpu,
+    without_ids,
+)
 from twotower.retrieval.index import (
     INDEXES,
     NO_ID,
@@ -20,11 +30,13 @@ from twotower.retrieval.index import (
     IdArray,
     RowIds,
     SearchResult,
+    VectorIndex,
     as_searched,
     check_query,
     check_rows,
     no_hits,
 )
+from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError, setting
 
 
@@ -33,9 +45,43 @@ class FaissConfig(IndexConfig):
     """An index of FAISS; cosine is its inner product on rows of unit norm."""
 
     factory: str = setting("Flat", 'FAISS factory string; quote one with a comma: "IVF64,Flat"')
+    sample_rows: int = setting(262_144, "rows drawn by seed to train on, at most", ge=1)
     nprobe: int = setting(0, "IVF cells visited a query; 0 is what FAISS does by itself", ge=0)
     ef_search: int = setting(0, "HNSW candidates a query; 0 is what FAISS does by itself", ge=0)
-    sample_rows: int = setting(262_144, "rows drawn by seed to train on, at most", ge=1)
+    k_factor: float = setting(
+        0.0,
+        "candidates that `,RFlat` or `,Refine(...)` looks at again, as a multiple of k; 0 is what "
+        "FAISS does by itself",
+        ge=0,
+    )
+    rerank: float = setting(
+        0.0,
+        "candidates that are scored again, exactly, by the mapped rows of the store, as a multiple "
+        "of k; 0 is none; serves any factory string",
+        ge=0,
+    )
+    memory_map: bool = setting(False, "map a saved index instead of reading it into memory")
+    gpu: bool = setting(False, "search on the first GPU; needs FAISS for GPUs")
+
+    # How it is searched; the same built index serves all of these.
+    of_the_search: ClassVar[tuple[str, ...]] = (
+        *("nprobe", "ef_search", "k_factor", "rerank", "memory_map", "gpu"),
+    )
+    not_of_the_rows: ClassVar[tuple[str, ...]] = (*IndexConfig.not_of_the_rows, *of_the_search)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k_factor", "rerank"):
+            if 0 < getattr(self, name) < 1:
+                raise ConfigError(
+                    f"index.{name} must be 0 or at least 1, not {getattr(self, name)}: of fewer "
+                    "than k candidates there are no k results"
+                )
+
+    def searched_as(self, asked: FaissConfig) -> FaissConfig:
+        """These settings, with those of a search wherever another config gives them."""
+        given = {name: getattr(asked, name) for name in self.of_the_search if getattr(asked, name)}
+        return dataclasses.replace(self, **given)
 
 
 def import_faiss() -> ModuleType:
@@ -70,16 +116,31 @@ class FaissIndex:
         self._ids = RowIds()
         with self._sentence("cannot be built"):
             made = self._faiss.index_factory(dim, config.factory, self._faiss.METRIC_INNER_PRODUCT)
-        if not isinstance(made, self._faiss.IndexIDMap | self._faiss.IndexIVF):
-            made = self._faiss.IndexIDMap(made)  # the others know no ids but 0, 1, 2, ...
-        self._use(made)
+        self._use(made if keeps_ids(made) else self._faiss.IndexIDMap(made))
+        if config.gpu:
+            check_gpu()
+
+    def search_with(self, **settings: float) -> None:
+        """Change settings of the search: `nprobe`, `ef_search`, `k_factor`."""
+        self.config = dataclasses.replace(self.config, **settings)  # type: ignore[arg-type]
+        self._apply()
 
     def _use(self, index: Any) -> None:
         self._index = index
-        for name, value in (("nprobe", self.config.nprobe), ("efSearch", self.config.ef_search)):
+        self._mapped = False
+        self._apply()
+
+    def _apply(self) -> None:
+        self._searched: Any = None  # the copy on a GPU, until rows or settings change
+        settings = (
+            ("nprobe", self.config.nprobe),
+            ("efSearch", self.config.ef_search),
+            ("k_factor_rf", self.config.k_factor),
+        )
+        for name, value in settings:
             if value:
                 with self._sentence(f"has no {name} to set"):
-                    self._faiss.ParameterSpace().set_index_parameter(index, name, value)
+                    self._faiss.ParameterSpace().set_index_parameter(self._index, name, value)
 
     @contextmanager
     def _sentence(self, what: str) -> Iterator[None]:
@@ -124,6 +185,7 @@ class FaissIndex:
         if self._index.is_trained:
             return
         check_rows(rows, self.dim)
+        prepare_training(self._index, self.config.factory, len(rows))
         with self._sentence("cannot be trained"):
             self._index.train(as_searched(rows, self.config.metric, normalized))
 
@@ -134,6 +196,7 @@ class FaissIndex:
         check_rows(rows, self.dim)
         if not len(rows):
             return
+        self._change()
         self.train(rows[: self.config.sample_rows], normalized=normalized)
         new = self._ids.extend(len(rows), ids)
         with self._sentence("cannot take more rows"):
@@ -143,9 +206,18 @@ class FaissIndex:
         """Delete rows by their ids; see `VectorIndex.delete`."""
         ids = np.array(ids, np.int64).reshape(-1)
         self._ids.check(ids)
+        self._change()
         with self._sentence("cannot delete"):
             self._index.remove_ids(ids)
         self._ids.delete(ids)
+
+    def _change(self) -> None:
+        if self._mapped:
+            raise ConfigError(
+                "index.memory_map=true opens an index for searching only; leave it out to add or "
+                "delete rows"
+            )
+        self._searched = None
 
     def search(self, queries: AnyFloatArray, k: int) -> SearchResult:
         """The k best rows of each query (Q, dim); see `VectorIndex.search`."""
@@ -153,8 +225,10 @@ class FaissIndex:
         result = no_hits(len(queries), k)
         if not len(self) or not len(queries):
             return result
+        if self._searched is None:
+            self._searched = to_gpu(self._index) if self.config.gpu else self._index
         with self._sentence("cannot be searched"):
-            scores, ids = self._index.search(
+            scores, ids = self._searched.search(
                 as_searched(queries, self.config.metric, normalized=False), min(k, len(self))
             )
         scores = np.where(ids == NO_ID, -np.inf, scores).astype(np.float32)
@@ -168,31 +242,34 @@ class FaissIndex:
         with self._sentence("cannot be written"):  # a full disk is a RuntimeError of FAISS
             self._faiss.write_index(self._index, str(file))
 
-    def read(self, file: Path) -> None:
-        """Take over a file that `write` wrote."""
-        self._use(self._faiss.read_index(str(file)))
-        ids = self._stored_ids()
-        self._ids.extend(len(ids), ids)
+    def write_bare(self, file: Path) -> None:
+        """Write FAISS's own file without our ids, where FAISS keeps them beside the index."""
+        with self._sentence("cannot be written"):
+            self._faiss.write_index(without_ids(self._index)[0], str(file))
 
-    def _stored_ids(self) -> IdArray:
-        """The ids that the FAISS index holds, in any order."""
-        if isinstance(self._index, self._faiss.IndexIDMap):
-            known: IdArray = self._faiss.vector_to_array(self._index.id_map)
-            return known
-        lists = self._index.invlists
-        parts = [
-            self._faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell)).copy()
-            for cell in range(lists.nlist)
-            if lists.list_size(cell)
-        ]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+    @property
+    def faiss_index(self) -> Any:
+        """What FAISS has made."""
+        return self._index
+
+    def read(self, file: Path) -> None:
+        """Take over a file that `write` wrote, which stays mapped with `memory_map`.
+
+        Raises:
+            ConfigError: this kind of index cannot be mapped.
+        """
+        self._use(read_index(file, memory_map=self.config.memory_map))
+        self._mapped = self.config.memory_map
+        ids = np.concatenate([np.empty(0, np.int64), *stored_ids(self._index)])
+        self._ids.extend(len(ids), ids)
 
 
 @INDEXES.register("faiss", FaissConfig)
-def build_faiss(config: FaissConfig, dim: int) -> FaissIndex:
-    """An empty FAISS index.
+def build_faiss(config: FaissConfig, dim: int) -> VectorIndex:
+    """An empty FAISS index, behind an exact second look if the config asks for it.
 
     Raises:
         ConfigError: FAISS is not installed, or cannot make the factory string's index.
     """
-    return FaissIndex(config, dim)
+    index = FaissIndex(config, dim)
+    return RerankedIndex(index) if config.rerank else index

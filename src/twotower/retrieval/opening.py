@@ -60,6 +60,11 @@ def open_collections(config: Config, stores: Mapping[str, EmbeddingStore]) -> li
         ConfigError: there is no such column, or index.collections names a value that is not there.
     """
     modality = Modality[f"{config.search.modality.name}s"]
+    if config.index.folder and (len(stores) > 1 or config.index.partition_by):
+        raise ConfigError(
+            "index.folder names the index of one whole store; leave it out where several stores or "
+            "parts of one are searched"
+        )
     if not config.index.partition_by:
         return [
             Collection(

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from twotower.config import Metric
 from twotower.retrieval.certificate import Float64Array
-from twotower.retrieval.index import AnyFloatArray, IdArray, RowIds, divisors, norms_of
+from twotower.retrieval.index import (
+    AnyFloatArray,
+    IdArray,
+    RowIds,
+    as_searched,
+    divisors,
+    norms_of,
+)
 from twotower.settings import ConfigError
 
 RERANK = 256  # rows scored exactly at a time: 1 MB at 512 dimensions, which stays in the cache
@@ -54,13 +61,15 @@ class Rows:
         rows = sum(part.rows.nbytes + part.norms.nbytes for part in self.parts)
         return int(rows + self.ids.array.nbytes)
 
-    def append(self, rows: AnyFloatArray, ids: IdArray | None) -> None:
-        """Take over rows (n, dim), fp32 or fp16, with their ids.
+    def append(
+        self, rows: AnyFloatArray, ids: IdArray | None, norms: Float64Array | None = None
+    ) -> None:
+        """Take over rows (n, dim), fp32 or fp16, with their ids, and their norms if known.
 
         Raises:
             ConfigError: an id is negative or taken, or a norm is beyond 1e38.
         """
-        norms = norms_of(rows)
+        norms = norms_of(rows) if norms is None else norms
         if len(norms) and norms.max() > LARGEST_NORM:
             raise ConfigError(f"row {norms.argmax()} has norm {norms.max():.3g}, beyond 1e38")
         self.ids.extend(len(rows), ids)
@@ -114,6 +123,18 @@ class Rows:
         if self.metric is Metric.cosine:
             scores /= divisors(queries)[query]
         return scores + 0.0  # a zero row scores 0, never -0
+
+
+def as_stored(rows: AnyFloatArray, metric: Metric, normalized: bool) -> AnyFloatArray:
+    """Rows as they are searched without a copy of what is mapped: as they stand, or of unit norm.
+
+    What is the caller's array still is copied: he may go on writing into it.
+    """
+    if (normalized or metric is Metric.ip) and rows.dtype in (np.float32, np.float16):
+        mapped = isinstance(rows, np.memmap) and rows.flags.c_contiguous
+        return rows if mapped else np.array(rows, order="C")
+    kept = as_searched(rows, metric, normalized)
+    return kept.copy() if np.may_share_memory(kept, rows) else kept
 
 
 def _alike(one: Part, other: Part) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,20 @@ FORMAT = 1
 MANIFEST = "index.json"
 
 
-def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
+def save_index(
+    index: VectorIndex,
+    folder: Path,
+    fingerprint: str = "",
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write an index to a folder, replacing the one that is there.
 
     The data file has a new name each time and the manifest, which names it, is replaced last: a
-    reader sees the old index or the new one. `fingerprint` says what it was made from.
+    reader sees the old index or the new one. `fingerprint` says what it was made from, in one
+    word; `about`, which JSON can hold, tells it to people.
+
+    Returns:
+        The data file.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -38,32 +47,35 @@ def save_index(index: VectorIndex, folder: Path, fingerprint: str = "") -> None:
         "rows": len(index),
         "fingerprint": fingerprint,
         "file": name,
+        "about": dict(about or {}),
     }
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     for old in folder.glob("index-*.bin"):
         if not old.name.startswith(stem):
             old.unlink(missing_ok=True)
+    return folder / name
 
 
 def load_index(
-    folder: Path, fingerprint: str | None = None, asked: IndexConfig | None = None
+    folder: Path, fingerprint: str | None = None, config: IndexConfig | None = None
 ) -> VectorIndex:
-    """The index that `save_index` wrote, with what is `asked` of how it runs.
+    """The index that `save_index` wrote.
+
+    Args:
+        config: settings to search it with, if they are those of another search of the same kind of
+            index; by default those that it was saved with.
 
     Raises:
         ConfigError: there is none, it is damaged, or it has another fingerprint.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if fingerprint is not None and fingerprint != manifest["fingerprint"]:
         raise ConfigError(
             f"the index {folder} was built from other rows or with other settings; build it again"
         )
-    config_class = INDEXES.config_class(manifest["kind"])
-    config = from_plain(config_class, manifest["config"])
-    if asked is not None:
-        others = {name: getattr(asked, name) for name in IndexConfig.not_of_the_rows}
-        config = dataclasses.replace(config, **others)
+    if config is None or config.registered_name != manifest["kind"]:
+        config = saved_config(manifest)
     index = INDEXES.build(config, manifest["dim"])
     try:
         index.read(folder / manifest["file"])
@@ -77,7 +89,19 @@ def load_index(
     return index
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def saved_config(manifest: Mapping[str, Any]) -> IndexConfig:
+    """The settings that an index was saved with."""
+    config_class = INDEXES.config_class(manifest["kind"])
+    assert issubclass(config_class, IndexConfig)
+    return from_plain(config_class, manifest["config"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What stands in the manifest of a saved index.
+
+    Raises:
+        ConfigError: there is none, or it is damaged or of another version.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["kind"] not in set(INDEXES):
