@@ -41,9 +41,10 @@ def open_index(
     """The kept index of a store's pictures or captions if it fits, else a new one, which is kept.
 
     It fits if it was made from these rows with these settings and this seed. The exact index has
-    nothing to learn and is built at once from the store's files, so a search does not keep it, but
-    takes the one that `twotower index` saved. Where nothing can be written, the search goes on with
-    a warning. With `index.folder` the index is the one that is saved there.
+    nothing to learn and is built at once from the store's files, so a search keeps it only where
+    `index=auto` has chosen it by measuring; but it takes the one that `twotower index` saved. Where
+    nothing can be written, the search goes on with a warning. With `index.folder` the index is the
+    one that is saved there.
 
     Raises:
         ConfigError: as `build_index` does; or the folder that is named holds no index of this
@@ -57,7 +58,8 @@ def open_index(
     log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
     made = make_index(config, store, seed, modality)
     index = made.searched
-    if isinstance(index, ExactIndex):
+    measured = made.card is not None and bool(made.card.tuned_on)
+    if isinstance(index, ExactIndex) and not measured:
         return index
     folder = kept_folder(config, store, modality)
     try:
