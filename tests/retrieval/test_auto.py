@@ -124,6 +124,17 @@ def test_without_captions_it_says_that_nothing_is_known_of_texts(
         choose(dataclasses.replace(auto, candidates=["Nothing"]), store)
 
 
+def test_a_search_keeps_the_exact_index_only_where_it_was_measured(
+    written: EmbeddingStore,
+) -> None:
+    beside = written.folder.parent / "index"
+    open_index(AutoConfig(), written)
+    assert not beside.exists()
+    auto = AutoConfig(candidates=["exact", "Nothing"], num_queries=40)
+    assert isinstance(open_index(auto, written), ExactIndex)
+    assert (beside / "store-auto" / "index_card.md").is_file()
+
+
 def test_a_search_opens_what_was_chosen_whatever_it_asks(
     config: Config, written: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

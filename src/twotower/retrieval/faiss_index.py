@@ -16,6 +16,7 @@ import numpy as np
 from twotower.config import IndexConfig
 from twotower.retrieval.faiss_parts import (
     check_gpu,
+    check_mapping,
     keeps_ids,
     prepare_training,
     read_index,
@@ -119,6 +120,8 @@ class FaissIndex:
         self._use(made if keeps_ids(made) else self._faiss.IndexIDMap(made))
         if config.gpu:
             check_gpu()
+        if config.memory_map:
+            check_mapping(self._index)
 
     def search_with(self, **settings: float) -> None:
         """Change settings of the search: `nprobe`, `ef_search`, `k_factor`."""
@@ -253,11 +256,7 @@ class FaissIndex:
         return self._index
 
     def read(self, file: Path) -> None:
-        """Take over a file that `write` wrote, which stays mapped with `memory_map`.
-
-        Raises:
-            ConfigError: this kind of index cannot be mapped.
-        """
+        """Take over a file that `write` wrote, which stays mapped with `memory_map`."""
         self._use(read_index(file, memory_map=self.config.memory_map))
         self._mapped = self.config.memory_map
         ids = np.concatenate([np.empty(0, np.int64), *stored_ids(self._index)])

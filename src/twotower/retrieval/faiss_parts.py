@@ -103,14 +103,19 @@ def read_index(file: Path, *, memory_map: bool) -> Any:
     """A FAISS index from its file, copied into memory or mapped.
 
     Raises:
-        ConfigError: FAISS cannot map this kind of index.
         RuntimeError: FAISS cannot read the file.
     """
     import faiss
 
-    if not memory_map:
-        return faiss.read_index(str(file))
-    index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
+
+
+def check_mapping(index: Any) -> None:
+    """Refuse index.memory_map=true where FAISS would read everything into memory all the same.
+
+    Raises:
+        ConfigError: the index holds FastScan codes.
+    """
     for part in parts(index):
         if "FastScan" in type(part).__name__:
             raise ConfigError(
@@ -118,7 +123,6 @@ def read_index(file: Path, *, memory_map: bool) -> Any:
                 "memory; leave index.memory_map out, or `fs` in the factory string (PQ64x4fs -> "
                 "PQ64x4)"
             )
-    return index
 
 
 def to_gpu(index: Any) -> Any:

@@ -18,7 +18,7 @@ from twotower.retrieval.auto import choose
 from twotower.retrieval.auto_config import AutoConfig
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
 from twotower.retrieval.card import Card, write_card
-from twotower.retrieval.exact import ExactConfig
+from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
 from twotower.retrieval.milvus_collection import MilvusConfig
@@ -45,9 +45,10 @@ def open_index(
     """The kept index of a store's pictures or captions if it fits, else a new one, which is kept.
 
     It fits if it was made from these rows with these settings and this seed. The exact index has
-    nothing to learn and is built at once from the store's files, so a search does not keep it, but
-    takes the one that `twotower index` saved. Where nothing can be written, the search goes on with
-    a warning. With `index.folder` the index is the one that is saved there.
+    nothing to learn and is built at once from the store's files, so a search keeps it only where
+    `index=auto` has chosen it by measuring; but it takes the one that `twotower index` saved. Where
+    nothing can be written, the search goes on with a warning. With `index.folder` the index is the
+    one that is saved there.
 
     Raises:
         ConfigError: as `build_index` does; or the folder that is named holds no index of this
@@ -63,7 +64,8 @@ def open_index(
     log.info("indexing %s rows of %s", f"{len(store):,}", store.folder)
     made = make_index(config, store, seed, modality)
     index = made.searched
-    if isinstance(config, ExactConfig):
+    measured = made.card is not None and bool(made.card.tuned_on)
+    if isinstance(config, ExactConfig) or (isinstance(index, ExactIndex) and not measured):
         return index
     folder = kept_folder(config, store, modality)
     try:
