@@ -1,0 +1,253 @@
+"""What takes part: each index as it is, at several search settings, and FAISS's Flat tuned."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from twotower.benchmark_config import BenchmarkConfig
+from twotower.config import IndexConfig
+from twotower.retrieval.benchmark.data import Data
+from twotower.retrieval.exact import ExactConfig, ExactIndex
+from twotower.retrieval.faiss_index import FaissConfig, FaissIndex, import_faiss
+from twotower.retrieval.index import INDEXES, FloatArray, VectorIndex
+from twotower.retrieval.tiers import Tier
+from twotower.settings import ConfigError
+
+log = logging.getLogger(__name__)
+
+TUNE_CALLS = 3  # of each setting in turn; the best median wins
+TUNE_ONCE_SECONDS = 1.0  # a call that takes longer is made once
+
+
+class Cell(NamedTuple):
+    """Queries a call and results a query."""
+
+    queries: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"Q={self.queries} k={self.k}"
+
+
+@dataclass(frozen=True)
+class Built:
+    """An index, the seconds that it took without the making of synthetic rows, and its bytes."""
+
+    index: VectorIndex
+    seconds: float
+    nbytes: int
+
+
+class Contender(Protocol):
+    """An index with its settings."""
+
+    name: str
+    setting: str
+    index: VectorIndex
+
+    def prepare(self, cell: Cell, queries: FloatArray) -> None:
+        """Choose what is best for a cell, by trying."""
+
+    @contextmanager
+    def ready(self, cell: Cell) -> Iterator[None]:
+        """Within it, searches of this cell run with the contender's settings."""
+
+    def chosen(self, cell: Cell) -> str:
+        """What `prepare` chose; empty if there is no choice."""
+
+
+class Plain:
+    """An index as it is, or at one value of a search parameter."""
+
+    def __init__(self, name: str, index: VectorIndex, parameter: str = "", value: int = 0) -> None:
+        self.name, self.index = name, index
+        self.setting = f"{parameter}={value}" if parameter else ""
+        self._parameter, self._value = parameter, value
+
+    def prepare(self, cell: Cell, queries: FloatArray) -> None:
+        """There is no choice."""
+
+    @contextmanager
+    def ready(self, cell: Cell) -> Iterator[None]:
+        """Set the parameter: other contenders search the same index with other values."""
+        if self._parameter:
+            assert isinstance(self.index, FaissIndex)
+            space = import_faiss().ParameterSpace()
+            space.set_index_parameter(self.index._index, self._parameter, self._value)
+        yield
+
+    def chosen(self, cell: Cell) -> str:
+        """There is no choice."""
+        return ""
+
+
+class TunedFlat:
+    """FAISS's Flat at the best of its threads and of its threshold for the matrix product."""
+
+    setting = "tuned"
+
+    def __init__(self, name: str, index: VectorIndex) -> None:
+        self.name, self.index = name, index
+        self._best: dict[Cell, tuple[int, int]] = {}
+
+    def prepare(self, cell: Cell, queries: FloatArray) -> None:
+        """Time every setting that makes a difference, in turn, and keep the fastest."""
+        settings = flat_settings(cell, queries.shape[1])
+        times: dict[tuple[int, int], list[float]] = {each: [] for each in settings}
+        for _ in range(TUNE_CALLS):
+            for each in settings:
+                with faiss_set(*each):
+                    start = time.perf_counter()
+                    self.index.search(queries, cell.k)
+                    times[each].append(time.perf_counter() - start)
+            if sum(map(sum, times.values())) > TUNE_ONCE_SECONDS * len(settings):
+                break
+        self._best[cell] = min(settings, key=lambda each: statistics.median(times[each]))
+
+    @contextmanager
+    def ready(self, cell: Cell) -> Iterator[None]:
+        """Set what was found for the cell."""
+        with faiss_set(*self._best[cell]) if cell in self._best else nullcontext():
+            yield
+
+    def chosen(self, cell: Cell) -> str:
+        """The threads and the threshold."""
+        if cell not in self._best:
+            return ""
+        threads, threshold = self._best[cell]
+        return f"{threads} thread{'s' if threads > 1 else ''}, BLAS threshold {threshold:,}"
+
+
+def flat_settings(cell: Cell, dim: int) -> list[tuple[int, int]]:
+    """Threads and BLAS thresholds worth trying: powers of two up to all threads, with both paths.
+
+    FAISS scans the rows once a query while queries x dim is below the threshold, else it multiplies
+    matrices; a threshold of 1 lets it always multiply. Beyond, both paths are one.
+    """
+    most, usual = torch.get_num_threads(), faiss_threshold()
+    threads = sorted({most} | {1 << n for n in range(most.bit_length()) if 1 << n < most})
+    if cell.queries >= 64 * most:
+        threads = [most]  # enough for each: fewer cannot be faster
+    thresholds = [usual] if cell.queries * dim >= usual else [usual, 1]
+    return [(count, threshold) for count in threads for threshold in thresholds]
+
+
+def faiss_threshold() -> int:
+    """FAISS's `distance_compute_blas_threshold`."""
+    return int(import_faiss().cvar.distance_compute_blas_threshold)
+
+
+@contextmanager
+def faiss_set(threads: int, threshold: int) -> Iterator[None]:
+    """Within it FAISS has so many threads and that BLAS threshold."""
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads(), faiss_threshold()
+    faiss.omp_set_num_threads(threads)
+    faiss.cvar.distance_compute_blas_threshold = threshold
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before[0])
+        faiss.cvar.distance_compute_blas_threshold = before[1]
+
+
+def label(contender: Contender) -> str:
+    """The index with its setting."""
+    return f"{contender.name} {contender.setting}".strip()
+
+
+def index_config(name: str, like: IndexConfig) -> IndexConfig:
+    """The config of an index of the benchmark section, with the metric of `like`.
+
+    Raises:
+        ConfigError: `exact:` is followed by no tier.
+    """
+    kind, _, tier = name.partition(":")
+    if kind != "exact":
+        return FaissConfig(factory=name, metric=like.metric)
+    exact = like if isinstance(like, ExactConfig) else ExactConfig(metric=like.metric)
+    if not tier:
+        return exact
+    if tier not in Tier.__members__:
+        known = ", ".join(Tier.__members__)
+        raise ConfigError(f"benchmark.indexes has {name}, but the tiers of exact are {known}")
+    return dataclasses.replace(exact, tier=Tier[tier])
+
+
+def build(config: IndexConfig, data: Data, seed: int) -> Built:
+    """An index of all rows; the clock stands still while synthetic rows are made.
+
+    Raises:
+        ConfigError: the index cannot take them, for want of rows to train on perhaps.
+    """
+    index = INDEXES.build(config, data.dim)
+    seconds, first = 0.0, 0
+
+    def timed(work: Callable[[], None]) -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        work()
+        seconds += time.perf_counter() - start
+
+    if index.train_rows:
+        sample = data.sample(index.train_rows, seed)
+        timed(lambda: index.train(sample, normalized=data.normalized))
+    for chunk in data.chunks():
+        ids = None if data.ids is None else data.ids[first : first + len(chunk)]
+        timed(lambda chunk=chunk, ids=ids: index.add(chunk, ids, normalized=data.normalized))  # type: ignore[misc]
+        first += len(chunk)
+    return Built(index, seconds, index.nbytes)
+
+
+def build_all(
+    names: Sequence[str], like: IndexConfig, data: Data, seed: int
+) -> tuple[ExactIndex, dict[str, Built], dict[str, str]]:
+    """The exact index that answers are held against, each index by its name, and why one is not."""
+    config = index_config("exact", like)
+    log.info("building exact")
+    exact = build(config, data, seed)
+    assert isinstance(exact.index, ExactIndex)
+    built: dict[str, Built] = {}
+    notes: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        if name == "exact":
+            built[name] = exact
+            continue
+        log.info("building %s", name)
+        try:
+            built[name] = build(index_config(name, like), data, seed)
+        except ConfigError as error:
+            log.warning("%s", error)
+            notes[name] = str(error)
+    return exact.index, built, notes
+
+
+def contenders_of(name: str, index: VectorIndex, config: BenchmarkConfig) -> list[Contender]:
+    """An index at each value of its search parameter, or as it is, and Flat also tuned."""
+    if name == "Flat":
+        return [Plain(name, index), TunedFlat(name, index)]
+    if isinstance(index, FaissIndex):
+        parameter, values = search_parameter(name, config)
+        if values:
+            return [Plain(name, index, parameter, value) for value in values]
+    return [Plain(name, index)]
+
+
+def search_parameter(factory: str, config: BenchmarkConfig) -> tuple[str, list[int]]:
+    """What sets recall against speed in a FAISS index, and the values that are tried."""
+    if cells := re.search(r"\bIVF(\d+)(?![\dkM])", factory):
+        most = int(cells[1])
+        return "nprobe", sorted({min(value, most) for value in config.nprobe})
+    if "IVF" in factory:
+        return "nprobe", sorted(set(config.nprobe))
+    return ("efSearch", sorted(set(config.ef_search))) if "HNSW" in factory else ("", [])
