@@ -233,3 +233,4 @@ class FreeText:
     filter: str | None = None
     path: str | None = None
     output: str | None = None
+    compare: str | None = None

@@ -52,6 +52,7 @@ WORDS: dict[str, dict[str, str]] = {
         "output=PATH": "an empty or new folder to copy into; or a .txt, .csv, .tsv, .jsonl or "
         ".parquet file to list in",
     },
+    "benchmark": {"--compare PATH": "the same as benchmark.compare=PATH, for any path"},
     "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }
 TOP_LEVEL: dict[str, tuple[str, ...]] = {

@@ -6,4 +6,4 @@ from twotower.retrieval.benchmark.run import benchmark
 
 def run(config: Config, free: FreeText) -> None:
     """Measure the indexes of the benchmark section, print the tables, and write them with plots."""
-    benchmark(config)
+    benchmark(config, free.compare or config.benchmark.compare)

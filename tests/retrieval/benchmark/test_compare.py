@@ -65,7 +65,7 @@ NEW = results(
 
 def test_a_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert compare.read(written(OLD, tmp_path / "old.jsonl")) == Results(
-        OLD.about, OLD.rates, list(OLD.rows), list(OLD.cut)
+        OLD.about, OLD.rates, list(OLD.rows), list(OLD.notes)
     )
 
 
@@ -142,3 +142,5 @@ def test_a_run_beside_itself(
     again = dataclasses.replace(shape, compare=str(tmp_path / "out" / "benchmark.jsonl"))
     command.run(dataclasses.replace(config, benchmark=again), FreeText())
     assert "of 1 rows " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"cannot read .*missing.jsonl"):
+        command.run(dataclasses.replace(config, benchmark=again), FreeText(compare=missing))

@@ -38,7 +38,7 @@ def test_contenders_take_turns_within_a_round_and_begin_with_another_in_the_next
         **{(name, Cell(1, 5)): [2, 2] for name in "ab"},
         **{(name, Cell(8, 5)): [1, 1] for name in "ab"},
     }
-    assert not times.cut and not times.interrupted
+    assert not times.notes and not times.interrupted
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 20, 50])
@@ -46,23 +46,22 @@ def test_contenders_take_turns_within_a_round_and_begin_with_another_in_the_next
 def test_percentiles_are_from_twenty_calls_at_least(size: int, count: int) -> None:
     plan = make_plan({Cell(size, 5): 1e-3}, section(rounds=count), FOREVER)
     assert plan.calls[Cell(size, 5)] * plan.rounds >= 20
-    assert not plan.cut
+    assert not plan.notes
 
 
 def test_what_does_not_fit_is_cut_and_said_calls_first_then_rounds_then_cells() -> None:
     config = section(rounds=5, max_seconds=60)
     cheap, dear = Cell(1, 5), Cell(4096, 5)
     seconds = {cheap: 0.01, dear: 2.0}  # all calls: 5 * (33 * 0.01 + 5 * 2)
-    assert make_plan(seconds, config, 60).cut == []
+    assert make_plan(seconds, config, 60).notes == []
     fewer = make_plan(seconds, config, 25)
-    assert (fewer.calls, fewer.rounds) == ({cheap: 15, dear: 1}, 5)
-    assert len(fewer.cut) == 1 and "Q=1 k=5, Q=4096 k=5" in fewer.cut[0]
+    assert (fewer.calls, fewer.rounds) == ({cheap: 13, dear: 1}, 5)
+    assert len(fewer.notes) == 1 and "Q=1 k=5, Q=4096 k=5" in fewer.notes[0]
     short = make_plan(seconds, config, 7)
     assert (short.calls[dear], short.rounds) == (1, 3)
-    assert "3 of 5 rounds fit into the time" in short.cut
+    assert "3 of 5 rounds fit into the time" in short.notes
     shortest = make_plan(seconds, config, 3)
-    assert list(shortest.calls) == [cheap]
-    assert "Q=4096 k=5 was not measured: benchmark.max_seconds=60" in shortest.cut
+    assert (list(shortest.calls), shortest.cut) == ([cheap], [dear])
     nothing = make_plan(seconds, config, -1)
     assert (list(nothing.calls), nothing.rounds) == ([cheap], 1)
 
@@ -71,19 +70,21 @@ def test_cells_that_would_take_too_long_are_not_even_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rounds, "_time_calls", lambda *_, **__: [3.0])
-    config = section(queries=[1, 2, 64], k=[5, 1], max_seconds=10)
+    config = section(queries=[1, 2, 64], k=[5, 1], max_seconds=60)
     assert cells_of(config) == [Cell(q, k) for q in (1, 2, 64) for k in (1, 5)]
     contender = Recorder("a", [])
     seconds, cut = try_cells([contender], some_rows(5), config, Interrupt())
     assert list(seconds) == contender.prepared == [Cell(q, k) for q in (1, 2) for k in (1, 5)]
-    assert [text.split(" was")[0] for text in cut] == ["Q=64 k=1", "Q=64 k=5"]
+    assert cut == [Cell(64, 1), Cell(64, 5)]
+    times = measure([contender], some_rows(5), config, lambda: None)
+    assert "not measured, for benchmark.max_seconds=60: Q=64 k=1, Q=64 k=5" in times.notes
 
 
 def test_no_round_begins_after_the_deadline() -> None:
     plan = Plan({Cell(1, 5): 1}, rounds=4)
     times = planned([Recorder("a", [])], plan, deadline=time.perf_counter() - 1)
     assert [len(found) for found in times.rounds.values()] == [1]
-    assert times.cut == ["stopped after 1 of 4 rounds, for time"]
+    assert times.notes == ["stopped after 1 of 4 rounds, for time"]
 
 
 def test_ctrl_c_keeps_what_was_measured() -> None:
@@ -94,7 +95,7 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     interrupted = Recorder("b", calls, interrupt_at=2 + 2 * 8 + 2)
     times = measure([Recorder("a", calls), interrupted], some_rows(5), config, lambda: None)
     assert times.interrupted
-    assert times.cut == ["stopped in round 2 of 3 by Ctrl-C"]
+    assert times.notes == ["stopped in round 2 of 3 by Ctrl-C"]
     assert {name: len(found) for (name, _), found in times.rounds.items()} == {"a": 1, "b": 2}
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -23,7 +23,7 @@ from twotower.retrieval.benchmark.data import (
     open_data,
     timed_kind,
 )
-from twotower.retrieval.benchmark.run import run
+from twotower.retrieval.benchmark.run import busy, run
 from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
@@ -165,7 +165,7 @@ def test_ctrl_c_reports_what_was_measured_and_stops(
             if name == "SQ8":
                 found.clear()
         times.interrupted = True
-        times.cut.append("stopped in round 1 of 2 by Ctrl-C")
+        times.notes.append("stopped in round 1 of 2 by Ctrl-C")
         return times
 
     monkeypatch.setattr(rounds, "run_rounds", interrupted)
@@ -175,8 +175,16 @@ def test_ctrl_c_reports_what_was_measured_and_stops(
     exact, other = found["measurement"]
     assert exact["queries_per_second"] and other["queries_per_second"] is None
     assert other["note"] == "stopped before Q=2 k=5"
-    assert found["cut"] == [{"what": "stopped in round 1 of 2 by Ctrl-C"}]
+    assert {"text": "stopped in round 1 of 2 by Ctrl-C"} in found["note"]
     assert "by Ctrl-C" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert busy(None) == busy(0.05) == []
+    assert not caplog.records
+    (text,) = busy(0.634)
+    assert text.startswith("other processes used 63% of the cores")
+    assert [record.getMessage() for record in caplog.records] == [text]
 
 
 def test_queries_are_captions_and_pictures_with_their_own_rows(store: EmbeddingStore) -> None:

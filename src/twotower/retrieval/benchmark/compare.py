@@ -63,7 +63,7 @@ def read(file: Path) -> Results:
             kinds["environment"][0],
             Rates(**kinds["limits"][0]) if "limits" in kinds else None,
             [Measurement(**row) for row in kinds["measurement"]],
-            [line["what"] for line in kinds.get("cut", [])],
+            [line["text"] for line in kinds.get("note", [])],
         )
     except OSError as error:
         raise ConfigError(f"benchmark.compare cannot read {file}: {error.strerror}") from error

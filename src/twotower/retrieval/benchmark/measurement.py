@@ -70,12 +70,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole benchmark: machine and data, the machine's limits, figures, what was cut for time."""
+    """A whole benchmark: machine and data, its limits, figures, and what to know about them."""
 
     about: Mapping[str, Any]
     rates: Rates | None
     rows: Sequence[Measurement]
-    cut: Sequence[str]
+    notes: Sequence[str]
 
 
 def not_measured(index: str, cell: Cell, why: str) -> Measurement:

@@ -67,12 +67,12 @@ def report(results: Results, folder: Path) -> None:
 
 
 def json_lines(results: Results) -> Iterator[dict[str, Any]]:
-    """The environment, the machine's limits, what was cut, and the measurements."""
+    """The environment, the machine's limits, notes, and the measurements."""
     yield {"kind": "environment", **results.about}
     if results.rates:
         yield {"kind": "limits", **results.rates._asdict()}
-    for text in results.cut:
-        yield {"kind": "cut", "what": text}
+    for text in results.notes:
+        yield {"kind": "note", "text": text}
     for row in results.rows:
         yield {"kind": "measurement", **dataclasses.asdict(row)}
 
@@ -137,7 +137,7 @@ def notes(results: Results) -> list[str]:
             tuned.setdefault(f"{row.label}: {row.chosen}", []).append(str(row.cell))
     found += [f"{chosen} at {', '.join(where)}" for chosen, where in tuned.items()]
     unmeasured = (f"{row.index}: {row.note}" for row in results.rows if row.note)
-    return [*found, *results.cut, *dict.fromkeys(unmeasured)]
+    return [*found, *results.notes, *dict.fromkeys(unmeasured)]
 
 
 def rates_text(rates: Rates) -> str:

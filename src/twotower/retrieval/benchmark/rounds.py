@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CALLS = 32  # searches a round at one query a call; larger batches get fewer, so that all take alike
 LEAST_CALLS = 20  # timed in all rounds, at least: a 95th percentile of fewer is their maximum
 LEAST_ROUNDS = 3  # before whole cells are cut
+TRYING = 1 / (1 + LEAST_ROUNDS)  # of max_seconds: what is left is enough for so many rounds
 WARM_QUERIES = 64  # below, one call before shows how long one takes in the rounds
 LATE = 1.5  # times max_seconds, after which no further round begins
 
@@ -34,7 +35,8 @@ class Plan:
 
     calls: dict[Cell, int]
     rounds: int
-    cut: list[str] = field(default_factory=list)
+    cut: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Times:
     """Seconds of every call, round by round, by contender (its label) and cell."""
 
     rounds: dict[tuple[str, Cell], list[list[float]]]
-    cut: list[str]
+    notes: list[str]
     interrupted: bool = False
 
 
@@ -95,7 +97,11 @@ def measure(
         seconds, cut = try_cells(contenders, queries, config, interrupt)
         left = budget(config) - (time.perf_counter() - started)
         plan = make_plan(seconds, config, left)
-        plan.cut[:0] = cut
+        if plan.cut or cut:
+            names = ", ".join(map(str, sorted([*plan.cut, *cut])))
+            plan.notes.append(
+                f"not measured, for benchmark.max_seconds={config.max_seconds:g}: {names}"
+            )
         deadline = started + LATE * budget(config)
         return run_rounds(contenders, queries, plan, deadline, between, interrupt)
 
@@ -110,19 +116,19 @@ def try_cells(
     queries: FloatArray,
     config: BenchmarkConfig,
     interrupt: Interrupt,
-) -> tuple[dict[Cell, float], list[str]]:
+) -> tuple[dict[Cell, float], list[Cell]]:
     """The seconds of one call of every contender together, by cell, and the cells that are cut.
 
     A cell is cut that would take too long by itself, as the one with fewer queries took.
     """
     started = time.perf_counter()
     seconds: dict[Cell, float] = {}
-    cut: list[str] = []
+    cut: list[Cell] = []
     with progress("trying", len(cells_of(config)), "batches") as bar:
         for cell in cells_of(config):
             spent = time.perf_counter() - started
-            if seconds and spent + _expected(seconds, cell) > budget(config):
-                cut.append(f"{cell} was not measured: benchmark.max_seconds={config.max_seconds:g}")
+            if seconds and spent + _expected(seconds, cell) > TRYING * budget(config):
+                cut.append(cell)
                 continue
             batch = np.resize(queries, (cell.queries, queries.shape[1]))
             seconds[cell] = 0.0
@@ -155,19 +161,18 @@ def make_plan(seconds: Mapping[Cell, float], config: BenchmarkConfig, left: floa
         # A call before the timed ones, where there are several, brings data into the caches.
         return sum(seconds[cell] * (count + (count > 1)) for cell, count in plan.calls.items())
 
-    if a_round() * plan.rounds > left:
-        scale = max(left, 0.0) / (a_round() * plan.rounds)
-        plan.calls = {cell: max(1, int(count * scale)) for cell, count in plan.calls.items()}
+    while a_round() * plan.rounds > left and max(plan.calls.values()) > 1:
+        plan.calls = {cell: max(1, 3 * count // 4) for cell, count in plan.calls.items()}
     fewest = min(LEAST_ROUNDS, config.rounds)
     while len(plan.calls) > 1 and a_round() * fewest > left:
         dearest = max(plan.calls, key=lambda cell: seconds[cell])
         del plan.calls[dearest]
-        plan.cut.append(f"{dearest} was not measured: benchmark.max_seconds={config.max_seconds:g}")
+        plan.cut.append(dearest)
     if a_round() * plan.rounds > left:
         plan.rounds = max(1, int(left / a_round()))
-        plan.cut.append(f"{plan.rounds} of {config.rounds} rounds fit into the time")
+        plan.notes.append(f"{plan.rounds} of {config.rounds} rounds fit into the time")
     if fewer := [cell for cell, count in plan.calls.items() if count < full[cell]]:
-        plan.cut.append(
+        plan.notes.append(
             "fewer calls a round, for time, at "
             + ", ".join(map(str, fewer))
             + ": their 95th percentile is nearly the maximum"
@@ -188,12 +193,12 @@ def run_rounds(
     Within a round the contenders begin with another one each time, so none always follows the same.
     """
     times = Times(
-        {(label(one), cell): [] for cell in plan.calls for one in contenders}, list(plan.cut)
+        {(label(one), cell): [] for cell in plan.calls for one in contenders}, list(plan.notes)
     )
     with progress("benchmark", plan.rounds * len(times.rounds), "turns") as bar:
         for turn in range(plan.rounds):
             if turn and time.perf_counter() > deadline:
-                times.cut.append(f"stopped after {turn} of {plan.rounds} rounds, for time")
+                times.notes.append(f"stopped after {turn} of {plan.rounds} rounds, for time")
                 break
             between()
             for cell, calls in plan.calls.items():
@@ -204,7 +209,9 @@ def run_rounds(
                     bar.advance(1, f"{cell} {label(one)}")
                     if interrupt.asked:
                         times.interrupted = True
-                        times.cut.append(f"stopped in round {turn + 1} of {plan.rounds} by Ctrl-C")
+                        times.notes.append(
+                            f"stopped in round {turn + 1} of {plan.rounds} by Ctrl-C"
+                        )
                         return times
     return times
 

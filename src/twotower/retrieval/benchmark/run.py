@@ -23,16 +23,21 @@ from twotower.retrieval.benchmark.data import Data, draw_queries, open_data, tim
 from twotower.retrieval.benchmark.environment import environment
 from twotower.retrieval.benchmark.limits import Limits, Rates
 from twotower.retrieval.benchmark.measurement import Measurement, Results, measured, not_measured
+from twotower.retrieval.benchmark.other_load import OtherLoad
 from twotower.retrieval.benchmark.recall import Truth
 from twotower.retrieval.benchmark.report import report
 from twotower.retrieval.benchmark.rounds import Times, cells_of, measure
 from twotower.runs import logs_path
 
+BUSY = 0.1  # share of the cores' time that others use, from which on the figures are in doubt
+
 log = logging.getLogger(__name__)
 
 
-def benchmark(config: Config) -> None:
+def benchmark(config: Config, compare_with: str = "") -> None:
     """Measure the indexes of the benchmark section; print and write tables and plots.
+
+    With the benchmark.jsonl of an earlier run, print also what has become slower.
 
     Raises:
         ConfigError: the store is missing, k is beyond its rows, or a speed is below `fail_below`.
@@ -41,7 +46,7 @@ def benchmark(config: Config) -> None:
     if config.distributed.num_threads:
         torch.set_num_threads(config.distributed.num_threads)
     section = config.benchmark
-    earlier = compare.read(Path(section.compare)) if section.compare else None
+    earlier = compare.read(Path(compare_with)) if compare_with else None
     results, interrupted = run(config, open_data(config))
     folder = Path(section.output or logs_path(config) / "benchmark")
     report(results, folder)
@@ -76,7 +81,9 @@ def run(config: Config, data: Data) -> tuple[Results, bool]:
     truths = {each: Truth(exact, found, section.recall_queries) for each, found in queries.items()}
     recalls = _recalls(everyone, truths, section.k_values)
     limits = Limits()
+    others = OtherLoad()
     times = measure(everyone, queries[kind].vectors, section, limits.measure)
+    about["other_load"] = others.share()
     rates = limits.median()
     rows = [
         row
@@ -86,7 +93,20 @@ def run(config: Config, data: Data) -> tuple[Results, bool]:
     ]
     compared = {each.name: len(truth.queries.vectors) for each, truth in truths.items()}
     about["recall_queries"] = ", ".join(f"{count} {each}" for each, count in compared.items())
-    return Results(about, rates, rows, times.cut), times.interrupted
+    return Results(
+        about, rates, rows, [*times.notes, *busy(about["other_load"])]
+    ), times.interrupted
+
+
+def busy(share: float | None) -> list[str]:
+    """What to say of other processes."""
+    if share is None or share < BUSY:
+        return []
+    text = (
+        f"other processes used {share:.0%} of the cores meanwhile: measure again on a quiet machine"
+    )
+    log.warning("%s", text)
+    return [text]
 
 
 def _recalls(
