@@ -14,6 +14,7 @@ from twotower.retrieval.benchmark.contenders import (
     TunedFlat,
     build,
     build_all,
+    cells_text,
     contenders_of,
     faiss_set,
     faiss_threshold,
@@ -88,6 +89,12 @@ def test_the_fastest_setting_by_its_median_wins(monkeypatch: pytest.MonkeyPatch)
     tuned = TunedFlat("Flat", index)
     tuned.prepare(Cell(1, 5), some_rows(1))
     assert tuned._best[Cell(1, 5)] == (1, 1)
+
+
+def test_cells_in_few_words() -> None:
+    assert (
+        cells_text([Cell(16, 5), Cell(1, 5), Cell(1, 10), Cell(4, 5)]) == "Q=1 k=5,10; Q=4,16 k=5"
+    )
 
 
 def test_names_become_configs_of_the_metric_that_is_asked_for() -> None:

@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_cut_and_said_calls_first_then_rounds_then_cells() 
     assert make_plan(seconds, config, 60).notes == []
     fewer = make_plan(seconds, config, 25)
     assert (fewer.calls, fewer.rounds) == ({cheap: 13, dear: 1}, 5)
-    assert len(fewer.notes) == 1 and "Q=1 k=5, Q=4096 k=5" in fewer.notes[0]
+    assert len(fewer.notes) == 1 and "Q=1,4096 k=5" in fewer.notes[0]
     short = make_plan(seconds, config, 7)
     assert (short.calls[dear], short.rounds) == (1, 3)
     assert "3 of 5 rounds fit into the time" in short.notes
@@ -77,7 +77,7 @@ def test_cells_that_would_take_too_long_are_not_even_tried(
     assert list(seconds) == contender.prepared == [Cell(q, k) for q in (1, 2) for k in (1, 5)]
     assert cut == [Cell(64, 1), Cell(64, 5)]
     times = measure([contender], some_rows(5), config, lambda: None)
-    assert "not measured, for benchmark.max_seconds=60: Q=64 k=1, Q=64 k=5" in times.notes
+    assert "not measured, for benchmark.max_seconds=60: Q=64 k=1,5" in times.notes
 
 
 def test_no_round_begins_after_the_deadline() -> None:

@@ -7,7 +7,7 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -37,6 +37,20 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"Q={self.queries} k={self.k}"
+
+
+def cells_text(cells: Iterable[Cell]) -> str:
+    """Cells in few words: `Q=1,16 k=10`; those of other numbers of results behind a semicolon."""
+    k_values: dict[int, list[int]] = {}
+    for cell in sorted(cells):
+        k_values.setdefault(cell.queries, []).append(cell.k)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for queries, found in k_values.items():
+        groups.setdefault(tuple(found), []).append(queries)
+    return "; ".join(
+        f"Q={','.join(map(str, sizes))} k={','.join(map(str, found))}"
+        for found, sizes in groups.items()
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from twotower.checkpoint.atomic import replacing
 from twotower.console import print_table, say
-from twotower.retrieval.benchmark.contenders import Cell
+from twotower.retrieval.benchmark.contenders import Cell, cells_text
 from twotower.retrieval.benchmark.limits import Rates
 from twotower.retrieval.benchmark.measurement import Measurement, Results, on_front
 from twotower.retrieval.benchmark.plots import plot_bars, plot_bytes, plot_recall
@@ -96,7 +96,7 @@ def sheets(results: Results) -> Iterator[Sheet]:
                 *("index", "setting", "Q", "queries/s", "p50 ms", "p95 ms"),
                 *(f"text R@{k}", f"image R@{k}", "share", "front"),
             ],
-            [cells(row, front) for row in results.rows if row.k == k],
+            [cells(row, front) for row in results.rows if row.k == k and row.calls],
             words=2,
         )
 
@@ -128,14 +128,15 @@ def notes(results: Results) -> list[str]:
     found = [*headlines(results.rows), KEY]
     if results.rates:
         found.append(f"limits of this machine: {rates_text(results.rates)}")
-    calls = {row.cell: row.calls for row in results.rows if row.calls}
-    timed = ", ".join(f"{count} at {cell}" for cell, count in calls.items())
-    found += [f"timed calls of each index: {timed}"] if timed else []
-    tuned: dict[str, list[str]] = {}
+    calls: dict[int, set[Cell]] = {}
+    tuned: dict[str, set[Cell]] = {}
     for row in results.rows:
+        if row.calls:
+            calls.setdefault(row.calls, set()).add(row.cell)
         if row.chosen:
-            tuned.setdefault(f"{row.label}: {row.chosen}", []).append(str(row.cell))
-    found += [f"{chosen} at {', '.join(where)}" for chosen, where in tuned.items()]
+            tuned.setdefault(f"{row.label}: {row.chosen}", set()).add(row.cell)
+    found += [f"{count} timed calls at {cells_text(where)}" for count, where in calls.items()]
+    found += [f"{chosen} at {cells_text(where)}" for chosen, where in tuned.items()]
     unmeasured = (f"{row.index}: {row.note}" for row in results.rows if row.note)
     return [*found, *results.notes, *dict.fromkeys(unmeasured)]
 
@@ -159,18 +160,28 @@ def headlines(rows: Sequence[Measurement]) -> list[str]:
             ours, flat = rate.get(("exact", cell)), rate.get(("Flat", cell))
             tuned = rate.get(("Flat tuned", cell))
             if ours and flat and tuned:
-                parts.append(f"{ours / flat:.1f}x / {ours / tuned:.1f}x at Q={cell.queries}")
+                parts.append(f"{times(ours / flat)} / {times(ours / tuned)} at Q={cell.queries}")
         if parts:
             lines.append(f"exact, in Flat's speed as it is / tuned, k={k}: {', '.join(parts)}")
     return lines
 
 
+def times(ratio: float) -> str:
+    """A ratio with two digits or three."""
+    return f"{ratio:.1f}x" if ratio >= 1 else f"{ratio:.2f}x"
+
+
 def print_sheet(sheet: Sheet) -> None:
-    """On the terminal."""
+    """On the terminal, with a blank line where the number of queries changes."""
     table = Table(box=None, pad_edge=False, title=sheet.title, title_justify="left")
     for number, heading in enumerate(sheet.headings):
         table.add_column(heading, justify="left" if number < sheet.words else "right")
+    size = sheet.headings.index("Q") if "Q" in sheet.headings else None
+    before: str | None = None
     for row in sheet.rows:
+        if size is not None and before not in (None, row[size]):
+            table.add_row()
+        before = None if size is None else row[size]
         table.add_row(*(Text(cell) for cell in row))
     print_table(table)
 

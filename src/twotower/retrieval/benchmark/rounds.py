@@ -16,7 +16,7 @@ import numpy as np
 
 from twotower.benchmark_config import BenchmarkConfig
 from twotower.console import progress
-from twotower.retrieval.benchmark.contenders import Cell, Contender, label
+from twotower.retrieval.benchmark.contenders import Cell, Contender, cells_text, label
 from twotower.retrieval.index import FloatArray
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def measure(
         left = budget(config) - (time.perf_counter() - started)
         plan = make_plan(seconds, config, left)
         if plan.cut or cut:
-            names = ", ".join(map(str, sorted([*plan.cut, *cut])))
+            names = cells_text([*plan.cut, *cut])
             plan.notes.append(
                 f"not measured, for benchmark.max_seconds={config.max_seconds:g}: {names}"
             )
@@ -173,9 +173,7 @@ def make_plan(seconds: Mapping[Cell, float], config: BenchmarkConfig, left: floa
         plan.notes.append(f"{plan.rounds} of {config.rounds} rounds fit into the time")
     if fewer := [cell for cell, count in plan.calls.items() if count < full[cell]]:
         plan.notes.append(
-            "fewer calls a round, for time, at "
-            + ", ".join(map(str, fewer))
-            + ": their 95th percentile is nearly the maximum"
+            f"fewer calls, for time, at {cells_text(fewer)}: their p95 is nearly the maximum"
         )
     return plan
 
