@@ -1,32 +1,24 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from tests.retrieval.benchmark.helpers import ArrayData, section, some_rows
-from twotower.config import Metric
 from twotower.retrieval.benchmark import contenders
+from twotower.retrieval.benchmark.building import build
 from twotower.retrieval.benchmark.contenders import (
     Cell,
     TunedFlat,
-    build,
-    build_all,
     cells_text,
     contenders_of,
     faiss_set,
     faiss_threshold,
     flat_settings,
-    index_config,
     label,
     search_parameter,
 )
-from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig, import_faiss
-from twotower.retrieval.tiers import Tier
-from twotower.settings import ConfigError
 
 
 def test_an_index_takes_part_at_each_value_of_its_search_parameter() -> None:
@@ -95,24 +87,3 @@ def test_cells_in_few_words() -> None:
     assert (
         cells_text([Cell(16, 5), Cell(1, 5), Cell(1, 10), Cell(4, 5)]) == "Q=1 k=5,10; Q=4,16 k=5"
     )
-
-
-def test_names_become_configs_of_the_metric_that_is_asked_for() -> None:
-    like = ExactConfig(metric=Metric.ip, block_rows=99)
-    assert index_config("exact", like) is like
-    assert index_config("exact:reference", like) == replace(like, tier=Tier.reference)
-    assert index_config("HNSW8", like) == FaissConfig(factory="HNSW8", metric=Metric.ip)
-    assert index_config("exact", FaissConfig(metric=Metric.ip)) == ExactConfig(metric=Metric.ip)
-    with pytest.raises(ConfigError, match="has exact:fast, but the tiers of exact are auto, nat"):
-        index_config("exact:fast", like)
-
-
-def test_an_index_that_cannot_be_built_has_its_reason_and_the_exact_one_is_built_once() -> None:
-    data = ArrayData(some_rows(20))
-    exact, built, notes = build_all(["Flat", "IVF64,Flat", "exact"], ExactConfig(), data, seed=1)
-    assert list(built) == ["Flat", "exact"]
-    assert built["exact"].index is exact
-    assert len(exact) == len(built["Flat"].index) == 20
-    assert built["Flat"].nbytes >= 20 * 16 * 4
-    assert built["Flat"].seconds > 0
-    assert "needs at least 64 rows to train on" in notes["IVF64,Flat"]

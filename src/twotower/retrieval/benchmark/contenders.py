@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
 from twotower.benchmark_config import BenchmarkConfig
-from twotower.config import IndexConfig
-from twotower.retrieval.benchmark.data import Data
-from twotower.retrieval.exact import ExactConfig, ExactIndex
-from twotower.retrieval.faiss_index import FaissConfig, FaissIndex, import_faiss
-from twotower.retrieval.index import INDEXES, FloatArray, VectorIndex
-from twotower.retrieval.tiers import Tier
-from twotower.settings import ConfigError
-
-log = logging.getLogger(__name__)
+from twotower.retrieval.faiss_index import FaissIndex, import_faiss
+from twotower.retrieval.index import FloatArray, VectorIndex
 
 TUNE_CALLS = 3  # of each setting in turn; the best median wins
 TUNE_ONCE_SECONDS = 1.0  # a call that takes longer is made once
@@ -51,15 +41,6 @@ def cells_text(cells: Iterable[Cell]) -> str:
         f"Q={','.join(map(str, sizes))} k={','.join(map(str, found))}"
         for found, sizes in groups.items()
     )
-
-
-@dataclass(frozen=True)
-class Built:
-    """An index, the seconds that it took without the making of synthetic rows, and its bytes."""
-
-    index: VectorIndex
-    seconds: float
-    nbytes: int
 
 
 class Contender(Protocol):
@@ -178,72 +159,6 @@ def faiss_set(threads: int, threshold: int) -> Iterator[None]:
 def label(contender: Contender) -> str:
     """The index with its setting."""
     return f"{contender.name} {contender.setting}".strip()
-
-
-def index_config(name: str, like: IndexConfig) -> IndexConfig:
-    """The config of an index of the benchmark section, with the metric of `like`.
-
-    Raises:
-        ConfigError: `exact:` is followed by no tier.
-    """
-    kind, _, tier = name.partition(":")
-    if kind != "exact":
-        return FaissConfig(factory=name, metric=like.metric)
-    exact = like if isinstance(like, ExactConfig) else ExactConfig(metric=like.metric)
-    if not tier:
-        return exact
-    if tier not in Tier.__members__:
-        known = ", ".join(Tier.__members__)
-        raise ConfigError(f"benchmark.indexes has {name}, but the tiers of exact are {known}")
-    return dataclasses.replace(exact, tier=Tier[tier])
-
-
-def build(config: IndexConfig, data: Data, seed: int) -> Built:
-    """An index of all rows; the clock stands still while synthetic rows are made.
-
-    Raises:
-        ConfigError: the index cannot take them, for want of rows to train on perhaps.
-    """
-    index = INDEXES.build(config, data.dim)
-    seconds, first = 0.0, 0
-
-    def timed(work: Callable[[], None]) -> None:
-        nonlocal seconds
-        start = time.perf_counter()
-        work()
-        seconds += time.perf_counter() - start
-
-    if index.train_rows:
-        sample = data.sample(index.train_rows, seed)
-        timed(lambda: index.train(sample, normalized=data.normalized))
-    for chunk in data.chunks():
-        ids = None if data.ids is None else data.ids[first : first + len(chunk)]
-        timed(lambda chunk=chunk, ids=ids: index.add(chunk, ids, normalized=data.normalized))  # type: ignore[misc]
-        first += len(chunk)
-    return Built(index, seconds, index.nbytes)
-
-
-def build_all(
-    names: Sequence[str], like: IndexConfig, data: Data, seed: int
-) -> tuple[ExactIndex, dict[str, Built], dict[str, str]]:
-    """The exact index that answers are held against, each index by its name, and why one is not."""
-    config = index_config("exact", like)
-    log.info("building exact")
-    exact = build(config, data, seed)
-    assert isinstance(exact.index, ExactIndex)
-    built: dict[str, Built] = {}
-    notes: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        if name == "exact":
-            built[name] = exact
-            continue
-        log.info("building %s", name)
-        try:
-            built[name] = build(index_config(name, like), data, seed)
-        except ConfigError as error:
-            log.warning("%s", error)
-            notes[name] = str(error)
-    return exact.index, built, notes
 
 
 def contenders_of(name: str, index: VectorIndex, config: BenchmarkConfig) -> list[Contender]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from twotower.benchmark_config import QueryKind
-from twotower.retrieval.benchmark.contenders import Built, Cell, Contender
+from twotower.retrieval.benchmark.building import Built
+from twotower.retrieval.benchmark.contenders import Cell, Contender
 from twotower.retrieval.benchmark.limits import Rates, least_work, share_of
 
 

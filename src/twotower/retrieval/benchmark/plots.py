@@ -40,12 +40,13 @@ def plot_bars(results: Results, file: Path) -> None:
     lines = math.ceil(len(cells) / columns)
     height = lines * (0.9 + 0.25 * len(labels)) + 0.6
     figure = _figure(2.2 + 3.2 * columns, height)
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for panel, cell in zip(panels, cells, strict=False):
         _bars(panel, [row for row in rows if row.cell == cell])
         panel.set_title(_title(cell), fontsize=10)
-    for panel in list(panels)[len(cells) :]:
+    for panel in panels[len(cells) :]:
         panel.set_visible(False)
+    panels[0].invert_yaxis()  # of all, which share it
     _heading(figure, results, cells[0].k)
     figure.savefig(file, format="png", dpi=130)
 
@@ -55,7 +56,6 @@ def _bars(panel: Axes, rows: Sequence[Measurement]) -> None:
     rates = [row.queries_per_second or 0.0 for row in rows]
     colours = ["#2f6db5" if row.index.startswith("exact") else "#b9c4d0" for row in rows]
     panel.barh(labels, rates, color=colours)
-    panel.invert_yaxis()
     panel.tick_params(labelsize=8)
     if rates:  # a logarithmic axis of nothing is an error
         panel.set_xscale("log")
@@ -109,7 +109,7 @@ def _curves(panel: Axes, rows: Sequence[Measurement], names: Sequence[str], reca
                 shown = found[0].label if tuned else name
                 panel.plot(xs, ys, mark + "-", color=colour, ms=size, lw=1.2, label=shown)
     panel.set_xscale("function", functions=(_nines, _from_nines))
-    least = min(x for x, _ in points)
+    least = min(0.9, *(x for x, _ in points))
     ticks = [tick for tick in RECALLS if tick >= least - 0.02]
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_xlim(max(0.0, least - 0.15 * (1 - least)), 1 + NEARLY / 3)

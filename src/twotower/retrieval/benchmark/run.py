@@ -11,14 +11,8 @@ import torch
 from twotower.benchmark_config import QueryKind
 from twotower.config import Config
 from twotower.retrieval.benchmark import compare
-from twotower.retrieval.benchmark.contenders import (
-    Built,
-    Cell,
-    Contender,
-    build_all,
-    contenders_of,
-    label,
-)
+from twotower.retrieval.benchmark.building import Built, build_all
+from twotower.retrieval.benchmark.contenders import Cell, Contender, contenders_of, label
 from twotower.retrieval.benchmark.data import Data, draw_queries, open_data, timed_kind
 from twotower.retrieval.benchmark.environment import environment
 from twotower.retrieval.benchmark.limits import Limits, Rates
