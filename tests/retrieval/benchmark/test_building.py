@@ -32,6 +32,8 @@ def test_an_index_that_cannot_be_built_has_its_reason_and_the_exact_one_is_built
     assert len(exact) == len(built["Flat"].index) == 20
     assert built["Flat"].nbytes >= 20 * 16 * 4
     assert built["Flat"].seconds > 0
+    with pytest.raises(ConfigError, match="has exact:fast"):
+        build_all(["Flat", "exact:fast"], ExactConfig(), data, seed=1)
     assert "needs at least 64 rows to train on" in notes["IVF64,Flat"]
 
 

@@ -80,6 +80,10 @@ def test_cells_that_would_take_too_long_are_not_even_tried(
     assert "not measured, for benchmark.max_seconds=60: Q=64 k=1,5" in times.notes
 
 
+def test_nobody_takes_no_time() -> None:
+    assert measure([], some_rows(5), section(max_seconds=1e-9), lambda: None).rounds == {}
+
+
 def test_no_round_begins_after_the_deadline() -> None:
     plan = Plan({Cell(1, 5): 1}, rounds=4)
     times = planned([Recorder("a", [])], plan, deadline=time.perf_counter() - 1)

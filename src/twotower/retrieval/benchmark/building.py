@@ -104,20 +104,24 @@ def bytes_a_value(config: IndexConfig) -> float:
 def build_all(
     names: Sequence[str], like: IndexConfig, data: Data, seed: int
 ) -> tuple[ExactIndex, dict[str, Built], dict[str, str]]:
-    """The exact index that answers are held against, each index by its name, and why one is not."""
-    config = index_config("exact", like)
+    """The exact index that answers are held against, each index by its name, and why one is not.
+
+    Raises:
+        ConfigError: a tier is not known, or the exact index cannot be built.
+    """
+    configs = {name: index_config(name, like) for name in names}
     log.info("building exact")
-    exact = build(config, data, seed)
+    exact = build(index_config("exact", like), data, seed)
     assert isinstance(exact.index, ExactIndex)
     built: dict[str, Built] = {}
     notes: dict[str, str] = {}
-    for name in dict.fromkeys(names):
+    for name, config in configs.items():
         if name == "exact":
             built[name] = exact
             continue
         log.info("building %s", name)
         try:
-            built[name] = build(index_config(name, like), data, seed)
+            built[name] = build(config, data, seed)
         except ConfigError as error:
             log.warning("%s", error)
             notes[name] = str(error)

@@ -117,14 +117,18 @@ def _curves(panel: Axes, rows: Sequence[Measurement], names: Sequence[str], reca
 
 
 def plot_bytes(results: Results, file: Path) -> None:
-    """Bytes a vector against queries/s, each index at its fastest setting of good recall."""
+    """Bytes a vector against queries/s, each index at one setting of good recall.
+
+    That is the fastest at the smallest batch; the other panels show the same.
+    """
     rows = plotted(results.rows)
     cells = _some_cells(rows)
+    chosen = {row.label for row in chosen_settings([row for row in rows if row.cell == cells[0]])}
     names = list(dict.fromkeys(row.index for row in rows))
     figure = _figure(3.6 + 3.6 * len(cells), 3.9)
     panels = figure.subplots(1, len(cells), squeeze=False)[0]
     for panel, cell in zip(panels, cells, strict=True):
-        for row in chosen_settings([row for row in rows if row.cell == cell]):
+        for row in (row for row in rows if row.cell == cell and row.label in chosen):
             colour, mark, size = _look(row.index, names, row.setting == "tuned")
             shown = f"{row.label}  ({recall_of(row) or 0:.3f})"
             place = (row.bytes_per_vector, row.queries_per_second)

@@ -25,7 +25,7 @@ CALLS = 32  # searches a round at one query a call; larger batches get fewer, so
 LEAST_CALLS = 20  # timed in all rounds, at least: a 95th percentile of fewer is their maximum
 LEAST_ROUNDS = 3  # before whole cells are cut
 TRYING = 1 / (1 + LEAST_ROUNDS)  # of max_seconds: what is left is enough for so many rounds
-WARM_QUERIES = 64  # below, one call before shows how long one takes in the rounds
+WARM_QUERIES = 64  # smaller batches are tried warm: how long a cold call takes says little
 LATE = 1.5  # times max_seconds, after which no further round begins
 
 
@@ -92,6 +92,8 @@ def measure(
     Raises:
         KeyboardInterrupt: Ctrl-C before anything was measured.
     """
+    if not contenders:
+        return Times({}, [])
     started = time.perf_counter()
     with stop_after_call() as interrupt:
         seconds, cut = try_cells(contenders, queries, config, interrupt)

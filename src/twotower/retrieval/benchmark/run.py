@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from twotower.benchmark_config import QueryKind
 from twotower.config import Config
+from twotower.console import progress
 from twotower.retrieval.benchmark import compare
 from twotower.retrieval.benchmark.building import Built, build_all
 from twotower.retrieval.benchmark.contenders import Cell, Contender, contenders_of, label
@@ -87,9 +89,8 @@ def run(config: Config, data: Data) -> tuple[Results, bool]:
     ]
     compared = {each.name: len(truth.queries.vectors) for each, truth in truths.items()}
     about["recall_queries"] = ", ".join(f"{count} {each}" for each, count in compared.items())
-    return Results(
-        about, rates, rows, [*times.notes, *busy(about["other_load"])]
-    ), times.interrupted
+    said = [*times.notes, *busy(about["other_load"])]
+    return Results(about, rates, rows, said), times.interrupted
 
 
 def busy(share: float | None) -> list[str]:
@@ -107,16 +108,16 @@ def _recalls(
     contenders: list[Contender], truths: Mapping[QueryKind, Truth], k_values: list[int]
 ) -> dict[tuple[str, QueryKind, int], float]:
     """By contender, kind of query and k; once an index, however its threads are set."""
-    log.info("comparing the answers with the exact ones")
     found: dict[tuple[str, QueryKind, int], float] = {}
-    for one in contenders:
-        for kind, truth in truths.items():
-            for k in k_values:
-                same = found.get((one.name, kind, k)) if one.setting == "tuned" else None
-                if same is None:
-                    with one.ready(Cell(1, k)):
-                        same = truth.recall(one.index, k)
-                found[label(one), kind, k] = same
+    todo = list(itertools.product(contenders, truths.items(), k_values))
+    with progress("recall", len(todo), "answers") as bar:
+        for one, (kind, truth), k in todo:
+            same = found.get((one.name, kind, k)) if one.setting == "tuned" else None
+            if same is None:
+                with one.ready(Cell(1, k)):
+                    same = truth.recall(one.index, k)
+            found[label(one), kind, k] = same
+            bar.advance(1, f"{label(one)}, {kind.name} queries, k={k}")
     return found
 
 
