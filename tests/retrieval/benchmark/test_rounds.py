@@ -70,14 +70,22 @@ def test_cells_that_would_take_too_long_are_not_even_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rounds, "_time_calls", lambda *_, **__: [3.0])
-    config = section(queries=[1, 2, 64], k=[5, 1], max_seconds=60)
-    assert cells_of(config) == [Cell(q, k) for q in (1, 2, 64) for k in (1, 5)]
+    config = section(queries=[1, 2, 128], k=[5, 1], max_seconds=60)
+    assert cells_of(config) == [Cell(q, k) for q in (1, 2, 128) for k in (1, 5)]
     contender = Recorder("a", [])
     seconds, cut = try_cells([contender], some_rows(5), config, Interrupt())
     assert list(seconds) == contender.prepared == [Cell(q, k) for q in (1, 2) for k in (1, 5)]
-    assert cut == [Cell(64, 1), Cell(64, 5)]
+    assert cut == [Cell(128, 1), Cell(128, 5)]
     times = measure([contender], some_rows(5), config, lambda: None)
-    assert "not measured, for benchmark.max_seconds=60: Q=64 k=1,5" in times.notes
+    assert "not measured, for benchmark.max_seconds=60: Q=128 k=1,5" in times.notes
+
+
+def test_a_trial_that_takes_too_long_is_left() -> None:
+    first, second = Recorder("a", []), Recorder("b", [])
+    rest = (Cell(64, 5), some_rows(5), Interrupt())
+    assert rounds._try_cell([first, second], *rest, limit=0.0) is None
+    assert (len(first.prepared), len(second.prepared)) == (1, 0)
+    assert rounds._try_cell([first, second], *rest, limit=FOREVER) > 0  # type: ignore[operator]
 
 
 def test_nobody_takes_no_time() -> None:

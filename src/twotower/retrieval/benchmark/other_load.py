@@ -21,7 +21,8 @@ class OtherLoad:
         if self._start is None or now is None:
             return None
         clock, busy, own = (new - old for new, old in zip(now, self._start, strict=True))
-        return min(max(busy - own, 0.0) / max(clock * (os.cpu_count() or 1), 1e-9), 1.0)
+        share = max(busy - own, 0.0) / max(clock * (os.cpu_count() or 1), 1e-9)
+        return round(min(share, 1.0), 3)
 
 
 def _seconds() -> tuple[float, float, float] | None:

@@ -26,6 +26,7 @@ LEAST_CALLS = 20  # timed in all rounds, at least: a 95th percentile of fewer is
 LEAST_ROUNDS = 3  # before whole cells are cut
 TRYING = 1 / (1 + LEAST_ROUNDS)  # of max_seconds: what is left is enough for so many rounds
 WARM_QUERIES = 64  # smaller batches are tried warm: how long a cold call takes says little
+BATCHED = 8  # times as fast a query as in a smaller batch, at best
 LATE = 1.5  # times max_seconds, after which no further round begins
 
 
@@ -121,33 +122,51 @@ def try_cells(
 ) -> tuple[dict[Cell, float], list[Cell]]:
     """The seconds of one call of every contender together, by cell, and the cells that are cut.
 
-    A cell is cut that would take too long by itself, as the one with fewer queries took.
+    A cell is cut whose trial takes too long, or would by what one with fewer queries took.
     """
     started = time.perf_counter()
     seconds: dict[Cell, float] = {}
     cut: list[Cell] = []
     with progress("trying", len(cells_of(config)), "batches") as bar:
         for cell in cells_of(config):
-            spent = time.perf_counter() - started
-            if seconds and spent + _expected(seconds, cell) > TRYING * budget(config):
+            left = TRYING * budget(config) - (time.perf_counter() - started)
+            took = None
+            if not seconds:  # one is measured in any case
+                took = _try_cell(contenders, cell, queries, interrupt, math.inf)
+            elif _expected(seconds, cell) <= left:
+                took = _try_cell(contenders, cell, queries, interrupt, left)
+            if took is None:
                 cut.append(cell)
-                continue
-            batch = np.resize(queries, (cell.queries, queries.shape[1]))
-            seconds[cell] = 0.0
-            for contender in contenders:
-                contender.prepare(cell, batch)
-                warm = cell.queries < WARM_QUERIES
-                seconds[cell] += _time_calls(contender, cell, batch, 0, 1, warm)[0]
-                if interrupt.asked:
-                    raise KeyboardInterrupt
+            else:
+                seconds[cell] = took
             bar.advance(1, str(cell))
     return seconds, cut
 
 
+def _try_cell(
+    contenders: Sequence[Contender],
+    cell: Cell,
+    queries: FloatArray,
+    interrupt: Interrupt,
+    limit: float,
+) -> float | None:
+    """The seconds of one call of every contender together; None if there is no time for all."""
+    started, total = time.perf_counter(), 0.0
+    batch = np.resize(queries, (cell.queries, queries.shape[1]))
+    for contender in contenders:
+        if total and time.perf_counter() - started > limit:
+            return None
+        contender.prepare(cell, batch)
+        total += _time_calls(contender, cell, batch, 0, 1, warm=cell.queries < WARM_QUERIES)[0]
+        if interrupt.asked:
+            raise KeyboardInterrupt
+    return total
+
+
 def _expected(seconds: Mapping[Cell, float], cell: Cell) -> float:
-    """At most what a cell takes, from the last one that was tried."""
+    """What a cell takes, by the last one that was tried, if its queries are much faster each."""
     last, took = list(seconds.items())[-1]
-    return took * max(1.0, cell.queries / last.queries)
+    return took * max(1.0, cell.queries / last.queries / BATCHED)
 
 
 def make_plan(seconds: Mapping[Cell, float], config: BenchmarkConfig, left: float) -> Plan:
