@@ -131,7 +131,7 @@ def test_prints_and_writes_tables_lines_and_plots(
         assert "IVF64,Flat: index.factory 'IVF64,Flat' needs at least 64 rows to train on" in text
         assert f"processor: {about['processor']}" in text
         assert "text R@5" in text and "image R@10" in text
-        assert "64 timed calls at Q=1 k=5,10" in text and "20 timed calls at Q=300" in text
+        assert "timed calls: 64 at Q=1 k=5,10" in text and "timed calls: 20 at Q=300" in text
         assert "exact, in Flat's speed as it is / tuned, k=5: " in text
         assert "Flat tuned: 1 thread, BLAS threshold" in text
         assert "limits of this machine: reading " in text

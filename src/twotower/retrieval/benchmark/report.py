@@ -135,7 +135,7 @@ def notes(results: Results) -> list[str]:
             calls.setdefault(row.calls, set()).add(row.cell)
         if row.chosen:
             tuned.setdefault(f"{row.label}: {row.chosen}", set()).add(row.cell)
-    found += [f"{count} timed calls at {cells_text(where)}" for count, where in calls.items()]
+    found += [f"timed calls: {count} at {cells_text(where)}" for count, where in calls.items()]
     found += [f"{chosen} at {cells_text(where)}" for chosen, where in tuned.items()]
     unmeasured = (f"{row.index}: {row.note}" for row in results.rows if row.note)
     return [*found, *results.notes, *dict.fromkeys(unmeasured)]
