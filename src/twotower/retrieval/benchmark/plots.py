@@ -63,7 +63,7 @@ def _bars(panel: Axes, rows: Sequence[Measurement]) -> None:
     for place, row in enumerate(rows):
         recall = recall_of(row)
         if recall is not None:
-            panel.text(rates[place] * 1.1, place, f"{recall:.3f}", va="center", fontsize=7)
+            panel.text(rates[place] * 1.1, place, f"{recall:.4f}", va="center", fontsize=7)
     panel.set_xlabel("queries/s (recall beside the bar)", fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
@@ -125,17 +125,18 @@ def plot_bytes(results: Results, file: Path) -> None:
     cells = _some_cells(rows)
     chosen = {row.label for row in chosen_settings([row for row in rows if row.cell == cells[0]])}
     names = list(dict.fromkeys(row.index for row in rows))
+    most = max((row.bytes_per_vector or 0.0 for row in rows), default=1.0)
     figure = _figure(3.6 + 3.6 * len(cells), 3.9)
     panels = figure.subplots(1, len(cells), squeeze=False)[0]
     for panel, cell in zip(panels, cells, strict=True):
         for row in (row for row in rows if row.cell == cell and row.label in chosen):
             colour, mark, size = _look(row.index, names, row.setting == "tuned")
-            shown = f"{row.label}  ({recall_of(row) or 0:.3f})"
+            shown = f"{row.label}  ({recall_of(row) or 0:.4f})"
             place = (row.bytes_per_vector, row.queries_per_second)
             panel.plot(*place, mark, color=colour, ms=size + 2, label=shown)
         panel.set_title(_title(cell), fontsize=9)
         panel.set_xlabel("bytes a vector", fontsize=8)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.08 * most)
         _plain(panel)
     panels[0].set_ylabel("queries/s", fontsize=8)
     _legend(figure, panels[0], "index at a setting (recall)")
@@ -193,7 +194,7 @@ def _legend(figure: Figure, panel: Axes, title: str = "") -> None:
     handles, labels = panel.get_legend_handles_labels()
     if handles:
         figure.legend(
-            handles, labels, loc="outside right upper", fontsize=8, frameon=False,
+            handles, labels, loc="outside right center", fontsize=8, frameon=False,
             title=title or None, title_fontsize=8,
         )  # fmt: skip
 
@@ -202,7 +203,7 @@ def _heading(figure: Figure, results: Results, k: int) -> None:
     about = results.about
     threads = about["torch_threads"]
     figure.suptitle(
-        f"{about['rows']:,} x {about['dim']}, {threads} thread{'s' if threads > 1 else ''}, k={k}, "
+        f"{about['rows']:,} x {about['dim']}, {threads} thread{'s' if threads > 1 else ''}, k={k}\n"
         f"timed with {about['timed_queries']}",
         fontsize=10,
     )
