@@ -95,6 +95,14 @@ def test_verb_is_the_first_bare_word(arguments: list[str], verb: str, rest: list
     assert (free.get("verb"), left) == (verb, rest)
 
 
+def test_the_path_of_compare_never_reaches_hydra() -> None:
+    for option in (["--compare", "a=b {x}.jsonl"], ["--compare=a=b {x}.jsonl"]):
+        free, rest = split_free_text(["benchmark.k=3", *option, "-m"])
+        assert (free, rest) == ({"compare": "a=b {x}.jsonl"}, ["benchmark.k=3", "-m"])
+    assert refused("benchmark", free) == ""
+    assert refused("train", free) == "train does not know --compare; twotower benchmark does"
+
+
 def test_words_that_a_command_does_not_read_are_refused() -> None:
     assert refused("search", {"verb": "a dog"}) == (
         "search takes words as query=..., for example query='a dog'"

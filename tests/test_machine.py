@@ -10,7 +10,7 @@ import faiss
 import pytest
 import torch
 
-from twotower import __version__
+from twotower import __version__, machine
 from twotower.machine import describe, faiss_conflict, runs, stores, table
 
 
@@ -71,3 +71,11 @@ def test_two_faiss_builds_are_warned_about() -> None:
 def test_table_is_aligned() -> None:
     lines = table([("a", "1"), ("transformers", "2")]).splitlines()
     assert [line.index(fact) for line, fact in zip(lines, "12", strict=True)] == [16, 16]
+
+
+def test_free_bytes_are_those_of_this_machine(tmp_path: Path) -> None:
+    assert 0 < (machine.free_bytes() or 0) < 2**50
+    file = tmp_path / "stat"
+    file.write_text("active_file 12\ninactive_file 7\n")
+    assert machine._number(file, "inactive_file") == 7
+    assert machine._number(file, "other") == machine._number(tmp_path / "none", "") == 0

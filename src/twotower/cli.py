@@ -22,7 +22,7 @@ COMMANDS = {
     "search": "find pictures by words (query=...) or by a picture (query_image=...)",
     "classify": "label pictures (path=... or a store) with the nearest words of a vocabulary",
     "filter": "copy or list the best pictures of a query (query=... output=...)",
-    "benchmark": "compare the exact index with FAISS indexes on the same store and queries",
+    "benchmark": "compare the exact index with FAISS indexes on the same rows and queries",
     "compare": "put the measurements of all runs into one table: which variant wins",
     "export": "write a checkpoint for others (path=...): format=openai, open_clip, hf or onnx",
     "info": "show the machine, the versions and what is available",
@@ -40,8 +40,11 @@ READS = {
     "search": ("query", "query_image", "query_file", "filter"),
     "classify": ("path",),
     "filter": ("query", "query_image", "filter", "output"),
+    "benchmark": ("compare",),
     "export": ("path",),
 }
+
+COMPARE = "--compare"  # takes the next word, which is a path and no verb
 
 # Hydra's options whose value is the next word, which is then no verb.
 OPTIONS_WITH_VALUE = (
@@ -62,10 +65,14 @@ def split_free_text(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     rest: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if rest and rest[-1] == COMPARE:
+            rest.pop()
+            free["compare"] = argument
+            continue
         is_word = not equals and not argument.startswith(("-", "~"))
         after_option = bool(rest) and rest[-1] in OPTIONS_WITH_VALUE
-        if equals and key in FREE_TEXT:
-            free[key] = value
+        if equals and (key in FREE_TEXT or key == COMPARE):
+            free[key.lstrip("-")] = value
         elif is_word and "verb" not in free and not after_option:
             free["verb"] = argument
         else:
@@ -78,6 +85,8 @@ def refused(name: str, free: dict[str, str]) -> str:
     unread = [key for key in free if key not in READS.get(name, ())]
     if not unread:
         return ""
+    if unread[0] == "compare":
+        return f"{name} does not know {COMPARE}; twotower benchmark does"
     if unread[0] != "verb":
         return f"{name} does not read {unread[0]}="
     if name == "search":

@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
+from twotower.benchmark_config import BenchmarkConfig
 from twotower.doctor_config import DoctorConfig
 from twotower.encode_config import EncodeConfig, StoresConfig
 from twotower.engine_config import EngineConfig
@@ -185,31 +186,6 @@ class ProbeConfig(Section):
 
 
 @dataclass(kw_only=True)
-class BenchmarkConfig(Section):
-    """Indexes compared on the same queries."""
-
-    section: ClassVar[str] = "benchmark"
-
-    indexes: list[str] = setting(
-        ["exact", "Flat", "IVF64,Flat", "HNSW32", "SQ8"], "`exact` and FAISS factory strings"
-    )
-    queries: list[int] = setting([1, 16, 256], "batch sizes: queries a call", ge=1)
-    k: int = setting(10, "results a query", ge=1)
-    rounds: int = setting(5, "timed rounds, the indexes alternating", ge=1)
-    output: str = setting(
-        "", "folder of the tables and the plot; by default logs/<run.name>/benchmark"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, example in (("indexes", "[exact,HNSW32]"), ("queries", "[1,16]")):
-            if not getattr(self, name):
-                raise ConfigError(
-                    f"benchmark.{name} is empty; give at least one, as in {name}={example}"
-                )
-
-
-@dataclass(kw_only=True)
 class ReportConfig(Section):
     """The comparison of runs."""
 
@@ -271,3 +247,4 @@ class FreeText:
     filter: str | None = None
     path: str | None = None
     output: str | None = None
+    compare: str | None = None

@@ -56,6 +56,7 @@ WORDS: dict[str, dict[str, str]] = {
         "output=PATH": "an empty or new folder to copy into; or a .txt, .csv, .tsv, .jsonl or "
         ".parquet file to list in",
     },
+    "benchmark": {"--compare PATH": "the same as benchmark.compare=PATH, for any path"},
     "export": {"path=PATH": "the file (format=openai) or the folder to write"},
 }
 TOP_LEVEL: dict[str, tuple[str, ...]] = {
@@ -212,7 +213,8 @@ def _kind(hint: Any) -> str:
         if getattr(hint, "__origin__", None) is list:
             return f"list of {kinds}"
         return "config group" if issubclass(get_args(hint)[0], Choice) else str(hint)
-    return {bool: "true | false", int: "integer", float: "number", str: "text"}.get(hint, str(hint))
+    words = {bool: "true | false", int: "integer", float: "number", str: "text"}
+    return "integer, or a list of them" if hint is Any else words.get(hint, str(hint))
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -158,6 +158,31 @@ def memory() -> str:
     return text
 
 
+def free_bytes() -> int | None:
+    """Bytes of memory that are free, within a container's limit if any; None if unknown."""
+    free = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    if not free:
+        return None
+    group = Path("/sys/fs/cgroup")
+    limit = _number(group / "memory.max", "")
+    if limit:
+        files = sum(
+            _number(group / "memory.stat", f"{kind}_file") for kind in ("active", "inactive")
+        )
+        # What is only a copy of files is given back when it is needed.
+        free = min(free, limit - _number(group / "memory.current", "") + files)
+    return max(free, 0)
+
+
+def _number(file: Path, name: str) -> int:
+    """The number behind a name at the beginning of a line; 0 if there is none."""
+    try:
+        found = re.search(rf"^{name} *(\d+)", file.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
 def _disk(models_dir: Path) -> str:
     folder = models_dir.absolute()
     while not folder.exists():

@@ -22,3 +22,12 @@ def test_every_index_of_the_config_is_built_and_finds_a_row(name: str) -> None:
 def test_a_factory_string_with_a_comma_reaches_faiss() -> None:
     config = compose(["index=faiss", 'index.factory="IVF4,Flat"', "index.nprobe=4"]).index
     assert (config.factory, config.nprobe) == ("IVF4,Flat", 4)  # type: ignore[attr-defined]
+
+
+def test_the_benchmarks_of_the_config() -> None:
+    full = compose(["benchmark=full"]).benchmark
+    assert full.queries == [1, 4, 16, 64, 256, 1024, 4096]
+    assert full.k_values == [1, 10, 100]
+    quick = compose(["benchmark=quick", "benchmark.k=7", "benchmark.queries=[3]"]).benchmark
+    assert (quick.indexes, quick.queries, quick.k_values) == (["exact", "Flat"], [3], [7])
+    assert compose(["benchmark.k=[1,10]"]).benchmark.k_values == [1, 10]

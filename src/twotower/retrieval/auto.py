@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.auto_config import GB, AutoConfig, Preference
-from twotower.retrieval.benchmark_report import environment
+from twotower.retrieval.benchmark.environment import environment
 from twotower.retrieval.build import build_index
 from twotower.retrieval.card import Card, Tried, advice
 from twotower.retrieval.exact import ExactConfig, ExactIndex

@@ -1,0 +1,1 @@
+"""`twotower benchmark`: indexes on the same rows and queries, in alternating rounds."""
