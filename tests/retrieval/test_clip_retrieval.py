@@ -82,7 +82,8 @@ def test_writes_nothing_that_could_not_be_searched(
     store = write_store(tmp_path / "store", ROWS, {}, 50)
     folder = indexed(config, store, FaissConfig(factory="IVF4,PQ4x4fs"))
     assert "is not written for clip-retrieval" in caplog.text
-    off = indexed(config, store, FaissConfig(), clip_retrieval=False)
+    indexed(config, store, FaissConfig())
+    off = indexed(config, store, FaissConfig(), clip_retrieval=False, overwrite=True)
     exact = indexed(config, store, ExactConfig())  # type: ignore[arg-type]
     for place in (folder, off, exact):
         assert not (place / "image.index").exists()

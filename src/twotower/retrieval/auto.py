@@ -50,6 +50,7 @@ def choose(
     about |= {"asked": {name: value for name, value in to_plain(config).items() if value}}
     if len(proposals) == 1 and isinstance(proposals[0].config, ExactConfig):
         return _exact_alone(config, proposals[0], store, seed, modality, about)
+    about |= environment()  # FAISS gets as many threads as torch, before anything is timed
     measuring = _Measuring(config, store, seed, modality)
     best: tuple[Tried, VectorIndex] | None = None
     tried = []
@@ -70,7 +71,7 @@ def choose(
         reason=measuring.why(best[0]),
         tried=tried,
         queries=measuring.description,
-        about=about | environment(),
+        about=about,
         target_recall=config.target_recall,
         k=config.recall_k,
         tuned_on=measuring.leading,

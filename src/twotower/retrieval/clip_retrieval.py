@@ -70,6 +70,13 @@ def write_for_clip_retrieval(
     return [NAMES[modality], "metadata/"]
 
 
+def remove_for_clip_retrieval(modality: Modality, folder: Path) -> None:
+    """Take away what was written of an earlier index, and the metadata where nothing needs them."""
+    (folder / NAMES[modality]).unlink(missing_ok=True)
+    if not any((folder / name).exists() for name in NAMES.values()):
+        shutil.rmtree(folder / "metadata", ignore_errors=True)
+
+
 def _can_reconstruct(bare: object) -> bool:
     try:
         bare.search_and_reconstruct(np.ones((1, bare.d), np.float32), 1)  # type: ignore[attr-defined]
