@@ -80,13 +80,12 @@ class Coded:
         return native.CodedQueries(queries, norm, centre, padded, scale, error)
 
 
-class NativeScan:
-    """The scan of scan.c."""
+class CodedScan:
+    """What the scans by codes keep beside the rows: their codes."""
 
-    def __init__(self, rows: Rows, level: int | None = None) -> None:
+    def __init__(self, rows: Rows, packed: bool) -> None:
         self._rows = rows
-        self._level = native.level() if level is None else level
-        self.coded = Coded(rows.dim, packed=True)
+        self.coded = Coded(rows.dim, packed)
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +99,14 @@ class NativeScan:
     def delete(self, positions: IdArray) -> None:
         """Never find these rows again."""
         self.coded.store.delete(positions)
+
+
+class NativeScan(CodedScan):
+    """The scan of scan.c."""
+
+    def __init__(self, rows: Rows, level: int | None = None) -> None:
+        super().__init__(rows, packed=True)
+        self._level = native.level() if level is None else level
 
     def query_block(self, k: int) -> int:
         """Queries that are best searched at a time."""

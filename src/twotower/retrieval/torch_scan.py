@@ -17,8 +17,7 @@ from torch import Tensor
 
 from twotower.retrieval.candidates import GROUP, Best, Candidates, group_size, rerank
 from twotower.retrieval.certificate import Float64Array
-from twotower.retrieval.certified_scan import Coded
-from twotower.retrieval.index import AnyFloatArray, IdArray
+from twotower.retrieval.certified_scan import CodedScan
 from twotower.retrieval.native import CodedQueries
 from twotower.retrieval.rows import Rows
 
@@ -64,25 +63,11 @@ def _seconds(call: Callable[[], object]) -> float:
     return min(times)
 
 
-class TorchScan:
+class TorchScan(CodedScan):
     """The scan by `torch._int_mm`."""
 
     def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self.coded = Coded(rows.dim, packed=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes and their bounds."""
-        return self.coded.store.nbytes
-
-    def append(self, rows: AnyFloatArray) -> None:
-        """Code rows that were added to the index."""
-        self.coded.append(rows)
-
-    def delete(self, positions: IdArray) -> None:
-        """Never find these rows again."""
-        self.coded.store.delete(positions)
+        super().__init__(rows, packed=False)
 
     def query_block(self, k: int) -> int:
         """Queries that are best searched at a time."""
