@@ -254,9 +254,10 @@ def test_a_loaded_index_has_the_codes_that_were_written(
         assert_same(each.search(queries[:40], 20), index.search(queries[:40], 20))
     if loaded._scan and index._scan:
         alive = index._rows.ids.array >= 0
-        for name, parts in loaded._scan.coded.arrays(alive[alive]).items():
-            kept = index._scan.coded.arrays(alive)[name]
-            np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(kept))
+        written = index._scan.coded.arrays(alive)
+        for name, column in loaded._scan.coded.arrays(alive[alive]).items():
+            parts, kept = (np.concatenate(list(each.parts)) for each in (column, written[name]))
+            np.testing.assert_array_equal(parts, kept)
         loaded.add(rows[600:])
         index.add(rows[600:], np.arange(600, 700))
         assert_same(loaded.search(queries[:9], 5), index.search(queries[:9], 5))

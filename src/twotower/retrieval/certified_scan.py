@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,9 @@ import torch
 
 from twotower.config import Metric
 from twotower.retrieval import native
-from twotower.retrieval.arrays import WRITE_ROWS, Array
+from twotower.retrieval.arrays import WRITE_ROWS, Array, Stream, whole
 from twotower.retrieval.candidates import Best, Candidates
-from twotower.retrieval.certificate import CodedRows, Float64Array, Frame
+from twotower.retrieval.certificate import CodedRows, Codes, Float64Array, Frame
 from twotower.retrieval.codes import CodeStore
 from twotower.retrieval.index import AnyFloatArray, IdArray, divisors
 from twotower.retrieval.rows import Rows
@@ -38,26 +38,28 @@ class Coded:
         for _, coded in self.frame.code_rows(rows):
             self.store.append(coded)
 
-    def arrays(self, alive: npt.NDArray[np.bool_]) -> dict[str, list[Array]]:
-        """Codes and frame as a file holds them, of the rows (N,) that are alive."""
+    def arrays(self, kept: npt.NDArray[np.bool_]) -> dict[str, Stream]:
+        """Codes and frame as a file holds them, of the positions of a mask (N,)."""
         if self.frame is None:
             return {}
-        parts = []
-        for start in range(0, len(alive), WRITE_ROWS):
-            here = alive[start : start + WRITE_ROWS]
-            parts.append((start, start + len(here), here))
-        columns = [self.store.rows(start, stop) for start, stop, _ in parts]
-        made: dict[str, list[Array]] = {
-            "centre": [self.frame.centre.astype(np.float32)],
-            "order": [self.frame.order],
-            **{f"rotation.{i:03d}": [block] for i, block in enumerate(self.frame.blocks)},
+        frame: dict[str, Array] = {
+            "centre": self.frame.centre.astype(np.float32),
+            "order": self.frame.order,
+            **{f"rotation.{i:03d}": block for i, block in enumerate(self.frame.blocks)},
         }
-        for name in CodedRows._fields:
-            made[name] = [
-                getattr(column, name)[here]
-                for column, (_, _, here) in zip(columns, parts, strict=True)
-            ]
+        made = {name: whole(array) for name, array in frame.items()}
+        shape = (int(kept.sum()), len(self.frame.order))
+        made["codes"] = Stream(np.dtype(np.int8), shape, self._codes(kept))
+        for name in CodedRows._fields[1:]:
+            column = [getattr(shard, name)[: shard.used] for shard in self.store.shards]
+            made[name] = whole(np.concatenate(column)[kept])
         return made
+
+    def _codes(self, kept: npt.NDArray[np.bool_]) -> Iterator[Codes]:
+        for start in range(0, len(kept), WRITE_ROWS):
+            here = kept[start : start + WRITE_ROWS]
+            codes = self.store.rows(start, start + len(here)).codes
+            yield codes if here.all() else codes[here]
 
     def take(self, arrays: Mapping[str, Array]) -> None:
         """Take over what `arrays` gave."""
