@@ -18,7 +18,7 @@ from twotower.config import Metric
 from twotower.retrieval import native, tiers, torch_scan
 from twotower.retrieval.certificate import CodedRows, Frame
 from twotower.retrieval.certified_scan import NativeScan
-from twotower.retrieval.codes import CodeStore
+from twotower.retrieval.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
 from twotower.retrieval.tiers import Tier
@@ -261,6 +261,24 @@ def test_a_loaded_index_has_the_codes_that_were_written(
         loaded.add(rows[600:])
         index.add(rows[600:], np.arange(600, 700))
         assert_same(loaded.search(queries[:9], 5), index.search(queries[:9], 5))
+
+
+def test_codes_lie_in_private_memory_where_the_system_gives_huge_pages() -> None:
+    size = 8 * HUGE
+    before = resident()
+    memory = huge_pages(size)
+    memory[:] = 1
+    after = resident()
+    assert memory.ctypes.data % HUGE == 0
+    assert after["RssAnon"] - before["RssAnon"] > size // 2
+    assert after["RssShmem"] == before["RssShmem"]
+
+
+def resident() -> dict[str, int]:
+    """The bytes in memory of this process, by their kind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = (line.split() for line in lines if line.startswith("Rss"))
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
 def test_few_rows_are_scored_exactly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 
@@ -151,10 +152,11 @@ class CodeStore:
 
 def huge_pages(size: int) -> Bytes:
     """Zeroed bytes, on huge pages where the system has them: a scan is up to 1.3 times as fast."""
-    if size < HUGE:
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.zeros(size, np.uint8)
-    memory = mmap.mmap(-1, size + HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # Private: shared memory, which is Python's default, is mostly refused huge pages by the system.
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     everything = np.frombuffer(memory, np.uint8)
     start = -everything.ctypes.data % HUGE
