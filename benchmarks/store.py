@@ -98,7 +98,7 @@ def open_and_map(folder: Path, *_: Path) -> None:
 
 def merge(folder: Path, other: Path, output: Path) -> None:
     """Join the two stores."""
-    from twotower.embedding.rewrite import merge_stores
+    from twotower.embedding.merge import merge_stores
 
     merge_stores([folder, other], output)
 
@@ -114,7 +114,7 @@ def verify(folder: Path, *_: Path) -> None:
 def measure(step: Callable[..., None], folders: list[Path], out: Path) -> None:
     """Run a step in this process; write its seconds and the memory beyond the imports."""
     import twotower.embedding.legacy
-    import twotower.embedding.rewrite
+    import twotower.embedding.merge
     import twotower.embedding.verify  # noqa: F401
 
     before = forget_peak()

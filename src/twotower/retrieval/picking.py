@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from twotower.checkpoint.atomic import replacing
+from twotower.checkpoint.atomic import is_taken, replacing
 from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.data.places import last_name, read_bytes
@@ -64,7 +64,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigError: it is a file or not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigError(f"{folder} is not empty; give output= a new folder, or a file to list in")
 
 
