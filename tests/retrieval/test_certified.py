@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
 from twotower.config import Metric
+from twotower.distributed import num_threads
 from twotower.retrieval import native, tiers, torch_scan
 from twotower.retrieval.certificate import CodedRows, Frame
 from twotower.retrieval.certified_scan import NativeScan
@@ -64,16 +62,6 @@ def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object)
     if level:
         index._scan = NativeScan(index._rows, int(level))
     return index
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_same(one: SearchResult, other: SearchResult) -> None:
@@ -144,7 +132,7 @@ def check_every_tier(case: Case) -> None:
         index.add(rows[:cut], ids[:cut])
         index.search(queries[:1], 1)
         index.add(rows[cut:], ids[cut:])
-        with threads(1 + number % 3):
+        with num_threads(1 + number % 3):
             before = index.search(queries, k)
             index.delete(ids[gone])
             after = index.search(queries, min(k, max(len(alive), 1)))
@@ -169,7 +157,7 @@ def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
     index.add(rows)
     want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
     for count in (1, 2, 5):
-        with threads(count):
+        with num_threads(count):
             assert_same(index.search(queries, 15), want)
             single = [index.search(query[None], 15) for query in queries]
             assert_same(SearchResult(*map(np.concatenate, zip(*single, strict=True))), want)

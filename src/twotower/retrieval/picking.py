@@ -44,10 +44,15 @@ def pick(config: Config, free: FreeText) -> None:
     queries = given_queries(free)
     if not queries:
         raise ConfigError('filter needs a query, for example query="a dog on the beach"')
-    searcher = open_searcher(config)
+    if len(queries) > 1:
+        raise ConfigError(
+            f"filter takes one query, and {free.query_file} has {len(queries)}; run it once for "
+            "each, with an output= of its own"
+        )
+    asked = options_of(config, free)
+    searcher = open_searcher(config, filter_text=asked.filter)
     # Unlike a search's k, the number is a limit that a small store need not reach.
     count = min(config.filtering.num_results, len(searcher))
-    asked = options_of(config, free)
     options = dataclasses.replace(asked, k=count, threshold=config.filtering.threshold)
     hits = searcher.search(queries, options)[0]
     if is_list:
