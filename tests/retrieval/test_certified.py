@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,10 +16,11 @@ from twotower.config import Metric
 from twotower.distributed import num_threads
 from twotower.retrieval import native, tiers, torch_scan
 from twotower.retrieval.certificate import CodedRows, Frame
-from twotower.retrieval.certified_scan import NativeScan
 from twotower.retrieval.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
+from twotower.retrieval.native_scan import HeadExperience, NativeScan
+from twotower.retrieval.rows import Rows
 from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
 
@@ -28,7 +30,11 @@ KINDS = (
 )
 LENGTHS = {"denormal": (-40, -39), "tiny": (-44, 1), "huge": (-10, 36)}
 LEVELS = range(native.level() + 1)
-TIERS = [*(f"native {level}" for level in LEVELS), "torch", "reference"]
+TIERS = [
+    *(f"native {level}" for level in LEVELS),
+    *(f"native {level} heads" for level in LEVELS),
+    *("torch", "reference"),
+]
 
 
 def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFloatArray:
@@ -55,13 +61,33 @@ def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFlo
 
 
 def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object) -> ExactIndex:
-    """An index with the scan of `native <level>` or of another tier."""
-    name, _, level = tier.partition(" ")
+    """An index with the scan of `native <level>` or of another tier.
+
+    With `heads` it scans by short heads first, whatever their worth.
+    """
+    name, *details = tier.split()
     config = ExactConfig(tier=Tier[name], metric=metric, **options)  # type: ignore[arg-type]
     index = ExactIndex(config, dim)
-    if level:
-        index._scan = NativeScan(index._rows, int(level))
+    if details:
+        level, by_heads = int(details[0]), "heads" in details
+        index._scan = (HeadsFirst if by_heads else NativeScan)(index._rows, level)
     return index
+
+
+class HeadsFirst(NativeScan):
+    """Begins with the heads at any number of rows, a few groups of panels at a time."""
+
+    def __init__(self, rows: Rows, level: int) -> None:
+        super().__init__(rows, level, tail_energy=1.0, head_rows=0)
+        self._experience = Eager()
+
+    def _take_scratch(self, count: int) -> npt.NDArray[np.int32]:
+        return super()._take_scratch(count)[: native.SCRATCH * count * 5]  # 5 panels
+
+
+class Eager(HeadExperience):
+    def ask(self, k: int, tail: float) -> bool:
+        return True
 
 
 def assert_same(one: SearchResult, other: SearchResult) -> None:
@@ -164,38 +190,50 @@ def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dim", [1, 5, 64, 700])
-def test_the_bounds_hold(kind: str, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "split"), [(1, 0), (5, 0), (64, 0), (64, 1), (300, 1), (700, 0)])
+def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     rng = np.random.default_rng(dim)
     rows = rows_of(kind, 300, dim, rng)
     queries = unit_rows(rows_of("random", 20, dim, rng)).astype(np.float64)
-    frame = Frame.of(rows[:50])
+    frame = Frame.of(np.tile(rows, (4, 1)) if split else rows[:50], tail_energy=split or None)
+    head = frame.head
+    assert head == (16 if split else dim)
     parts = [coded for _, coded in frame.code_rows(rows)]
     coded = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    codes, scale, error = frame.code_queries(queries)
+    asked = frame.code_queries(queries)
     # As scan.c computes it, in fp32.
-    dots = (codes.astype(np.int64) @ coded.codes.astype(np.int64).T).astype(np.float32)
-    middle = dots * scale[:, None] * coded.scale
-    width = error[:, None] * coded.norm + coded.error
+    codes, others = asked.codes.astype(np.int64), coded.codes.astype(np.int64)
+    says = (codes[:, :head] @ others[:, :head].T).astype(np.float32)
+    middle = says * asked.scale[:, None] * coded.scale
+    width = asked.error[:, None] * coded.norm + coded.error
+    outside = width + asked.tail_norm[:, None] * coded.tail_norm
+    upper, lower = middle + outside, middle - outside
+    rest = (codes[:, head:] @ others[:, head:].T).astype(np.float32)
+    middle = middle + rest * asked.tail_scale[:, None] * coded.tail_scale
     true = queries @ rows.astype(np.float64).T
     centred = true - (queries @ frame.centre)[:, None]
     length = np.linalg.norm(rows.astype(np.float64), axis=1)
     ties = 2.0**-23 * np.abs(true) + 1e-15 * (length + np.linalg.norm(frame.centre))
     assert (centred + ties <= (middle + width)).all()
     assert (centred - ties >= (middle - width)).all()
+    assert (centred <= upper).all()
+    assert (centred >= lower).all()
     assert np.isfinite(middle + width).all()
     if kind in ("random", "clip") and dim >= 64:
         moved = np.linalg.norm(rows - frame.centre, axis=1)
         assert (coded.error < 0.02 * moved).all()  # and are tight enough to be of use
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_codes_are_read_as_they_were_written(packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "head"), [(True, 13), (True, 8), (False, 13)])
+def test_codes_are_read_as_they_were_written(packed: bool, head: int) -> None:
     rng = np.random.default_rng(0)
     store = CodeStore(13, packed, shard_rows=192)
+    store.split(head)
     parts = []
     for count in (1, 5, 63, 64, 200, 0, 1, 900):
-        columns = (rng.random(count).astype(np.float32) for _ in range(3))
+        columns = [rng.random(count).astype(np.float32) for _ in range(5)]
+        if head == 13:
+            columns[3:] = np.zeros((2, count), np.float32)
         codes = rng.integers(-127, 128, (count, 13)).astype(np.int8)
         parts.append(CodedRows(codes, *columns))
         store.append(parts[-1])
@@ -213,7 +251,7 @@ def test_memory_is_what_is_asked_for(memory: RowMemory) -> None:
     index = make("native 0", 64, memory=memory)
     index.add(rows, normalized=True)
     bytes_a_value = 4 if memory is RowMemory.fp32 else 2
-    # Values, an fp64 norm, an int64 id; a code a value, and three fp32 numbers.
+    # Values, an fp64 norm, an int64 id; a code a value, and three fp32 numbers: there is no tail.
     assert index.nbytes == 4096 * (64 * bytes_a_value + 8 + 8 + 64 + 3 * 4)
     queries = rng.standard_normal((9, 64)).astype(np.float32)
     want = brute_force(rows, np.arange(4096), queries, 20, Metric.cosine)
@@ -226,18 +264,18 @@ def test_a_loaded_index_has_the_codes_that_were_written(
     tier: str, memory: RowMemory, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
-    rows, queries = rng.standard_normal((2, 700, 24)).astype(np.float32)
-    index = make(tier, 24, memory=memory)
+    rows, queries = rng.standard_normal((2, 700, 40)).astype(np.float32)
+    index = make(tier, 40, memory=memory)
     index.add(rows[:600])
     index.delete(np.arange(3, 500, 7))
     index.write(tmp_path / "index")
-    loaded = make(tier, 24, memory=memory)
-    loaded.read(tmp_path / "index")
-    other = make("reference" if "reference" not in tier else TIERS[0], 24, memory=memory)
-    other.read(tmp_path / "index")  # a file without codes gets them; codes are not needed
+    # A scan that has no use for the codes that are there, or finds none, makes its own.
+    loaded, *others = (make(each, 40, memory=memory) for each in (tier, *TIERS[-4:]))
+    for each in (loaded, *others):
+        each.read(tmp_path / "index")
     mapped = [isinstance(part.rows, np.memmap) for part in loaded._rows.parts]
     assert mapped == [memory is RowMemory.stored]
-    for each in (loaded, other):
+    for each in (loaded, *others):
         assert len(each) == len(index)
         assert_same(each.search(queries[:40], 20), index.search(queries[:40], 20))
     if loaded._scan and index._scan:
@@ -279,7 +317,8 @@ def test_few_rows_are_scored_exactly() -> None:
     coded = scan.coded.queries(unit_rows(rows[:50]).astype(np.float64))
     parts = [(part.start, part.rows) for part in index._rows.parts]
     arguments = (scan.coded.store.shards, parts, index._rows.ids.array, coded, 10)
-    found = native.search(*arguments, cosine=True, threads=1, level=native.level())
+    options = {"cosine": True, "threads": 1, "level": native.level()}
+    found = native.search(*arguments, **options, scratch=np.empty(0, np.int32))
     assert 10 <= found.reranked / 50 < 60
     assert found.collected / 50 < 1500
 

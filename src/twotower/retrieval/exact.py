@@ -204,12 +204,9 @@ class ExactIndex:
                 parts.append((arrays[name] if stored else np.array(arrays[name]), None))
         ids = np.array(arrays["ids"])
         self._rows.restore(parts, np.array(arrays["norms"]), ids)
-        if not self._scan:
+        if not self._scan or self._scan.coded.take(arrays):
             return
-        if "codes" in arrays:
-            self._scan.coded.take(arrays)
-            return
-        for part in self._rows.parts:  # written where there were no codes
+        for part in self._rows.parts:  # another scan wrote the file, or one without codes
             self._scan.append(part.rows)
         self._scan.delete(np.flatnonzero(ids < 0))
 

@@ -107,12 +107,13 @@ class _Asked:
     """Some queries, and the k best lower bounds of each so far."""
 
     def __init__(self, coded: CodedQueries, k: int) -> None:
-        count = len(coded.codes)
+        count = len(coded.queries)
         padding = FEW - count if 1 < count < FEW else 0
-        codes = np.pad(coded.codes, ((0, padding), (0, 0)))
+        codes = np.pad(coded.coded.codes, ((0, padding), (0, 0)))
         self.codes = torch.from_numpy(codes).T.contiguous()  # (width, Q)
         self._count = count
-        self._scale, self._error = torch.from_numpy(coded.scale), torch.from_numpy(coded.error)
+        self._scale = torch.from_numpy(coded.coded.scale)
+        self._error = torch.from_numpy(coded.coded.error)
         self._centre = coded.centre
         self._k = k
         self._best = torch.full((count, k), -torch.inf)
