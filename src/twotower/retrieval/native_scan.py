@@ -22,9 +22,7 @@ NOTHING = np.empty(0, np.int32)
 HEAD_ROWS = 1 << 18  # from so many rows on heads are worth a phase of their own
 REMEMBERED, NEIGHBOURS = 64, 3  # searches of each k; those with the nearest tails decide
 EXPLORE = 32  # one search of so many begins with the heads all the same
-WORTH_WHILE = (
-    0.55  # of the panels opened, at most: with more, heads first are slower than all at once
-)
+WORTH_WHILE = 0.55  # of the panels opened, at most: with more, all at once is faster
 KEPT = 1 << 22  # lower bounds and candidates that all threads keep together, at most
 
 
