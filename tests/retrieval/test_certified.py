@@ -19,7 +19,7 @@ from twotower.retrieval.certificate import CodedRows, Frame
 from twotower.retrieval.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
-from twotower.retrieval.native_scan import HeadExperience, NativeScan
+from twotower.retrieval.native_scan import HeadExperience, NativeScan, rotate
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
@@ -200,7 +200,7 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     assert head == (16 if split else dim)
     parts = [coded for _, coded in frame.code_rows(rows)]
     coded = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    asked = frame.code_queries(queries)
+    asked = frame.code_rotated(frame.rotate(queries))
     # As scan.c computes it, in fp32.
     codes, others = asked.codes.astype(np.int64), coded.codes.astype(np.int64)
     says = (codes[:, :head] @ others[:, :head].T).astype(np.float32)
@@ -314,7 +314,7 @@ def test_few_rows_are_scored_exactly() -> None:
     index.add(rows)
     scan = index._scan
     assert isinstance(scan, NativeScan)
-    coded = scan.coded.queries(unit_rows(rows[:50]).astype(np.float64))
+    coded = scan.coded.queries(unit_rows(rows[:50]).astype(np.float64), rotate)
     parts = [(part.start, part.rows) for part in index._rows.parts]
     arguments = (scan.coded.store.shards, parts, index._rows.ids.array, coded, 10)
     options = {"cosine": True, "threads": 1, "level": native.level()}

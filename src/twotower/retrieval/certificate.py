@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +121,11 @@ class Frame:
         slack = max(_distance_from_orthogonal(block) for block in blocks)
         return cls(centre.astype(np.float64), order, tuple(blocks), head, slack)
 
+    @cached_property
+    def columns(self) -> tuple[FloatArray, ...]:
+        """The transposed matrices."""
+        return tuple(np.ascontiguousarray(block.T) for block in self.blocks)
+
     def rotate(self, vectors: Float64Array) -> Float64Array:
         """R times each of (n, dim)."""
         mixed, rotated, start = vectors[:, self.order], np.empty_like(vectors), 0
@@ -145,9 +151,12 @@ class Frame:
             made.codes, made.scale, _above(error), _above(norm), made.tail_scale, made.tail_norm
         )
 
-    def code_queries(self, unit: Float64Array) -> QueryCodes:
-        """Codes (Q, dim), scales t, errors |u| and so on (Q,) of queries of unit norm."""
-        made = self._quantise(self.rotate(unit))
+    def code_rotated(self, rotated: Float64Array) -> QueryCodes:
+        """Codes (Q, dim), scales t, errors |u| and so on (Q,) of rotated queries of unit norm.
+
+        `rotated` is overwritten.
+        """
+        made = self._quantise(rotated)
         return QueryCodes(
             made.codes, made.scale, _above(made.error), made.tail_scale, made.tail_norm
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -77,15 +77,20 @@ class Coded:
             self.store.append(rows.part(start, start + WRITE_ROWS))
         return True
 
-    def queries(self, queries: Float64Array) -> native.CodedQueries:
-        """Queries (Q, dim), none of them zero, with their codes."""
+    def queries(
+        self, queries: Float64Array, rotate: Callable[[Float64Array, Frame], Float64Array]
+    ) -> native.CodedQueries:
+        """Queries (Q, dim), none of them zero, with their codes.
+
+        `rotate` is what `Frame.rotate` does, in the threads that the scan uses, if it uses any.
+        """
         assert self.frame is not None
         norm = divisors(queries)
         unit = queries / norm[:, None]
-        coded = self.frame.code_queries(unit)
+        coded = self.frame.code_rotated(rotate(unit, self.frame))
         padded = np.zeros((len(unit), self.store.width), np.int8)
         padded[:, : coded.codes.shape[1]] = coded.codes
-        centre = unit @ self.frame.centre
+        centre = np.einsum("qd,d->q", unit, self.frame.centre)
         coded = coded._replace(codes=padded)
         return native.CodedQueries(queries, norm, centre, coded, self.store.head)
 

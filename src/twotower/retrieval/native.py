@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from twotower.retrieval.certificate import Float64Array, QueryCodes
 from twotower.retrieval.codes import PANEL, Shard
-from twotower.retrieval.index import AnyFloatArray, IdArray
+from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
 
 log = logging.getLogger(__name__)
 
 HEAD_QUERIES = 6  # TILE of scan.c: so many queries, at most, are scanned by their heads first
+TURNED = 4  # vectors that are rotated at once
 SCRATCH = 65  # numbers that are then kept of a panel and query
 
 
@@ -93,11 +94,33 @@ def library() -> ctypes.CDLL | None:
             loaded.tt_search.argtypes = [POINTER(_Job)]
             loaded.tt_level_name.argtypes = [c_int]
             loaded.tt_level_name.restype = c_char_p
+            loaded.tt_turn.restype = None
         except (OSError, AttributeError) as error:
             log.debug("cannot use %s: %s", file, error)
             continue
         return loaded
     return None
+
+
+def turn(vectors: Float64Array, columns: Sequence[FloatArray]) -> Float64Array:
+    """Vectors (n, dim) times the matrices that stand along a diagonal, given by their columns.
+
+    What `numpy.matmul` does; but BLAS keeps its threads spinning after a product, and a scan of a
+    few milliseconds would share the processors with them.
+    """
+    loaded = library()
+    assert loaded is not None
+    dim = vectors.shape[1]
+    padded = np.zeros((-(-len(vectors) // TURNED) * TURNED, dim))
+    padded[: len(vectors)] = vectors
+    out, start = np.empty_like(padded), 0
+    for block in columns:
+        where = (ctypes.c_void_p(array.ctypes.data + 8 * start) for array in (padded, out))
+        source, target = where
+        sizes = (ctypes.c_int64(size) for size in (len(padded), len(block), dim))
+        loaded.tt_turn(source, ctypes.c_void_p(_pointer(block)), *sizes, target)
+        start += len(block)
+    return out[: len(vectors)]
 
 
 def level() -> int:

@@ -11,7 +11,7 @@ import torch
 from twotower.config import Metric
 from twotower.retrieval import native
 from twotower.retrieval.candidates import Best, Candidates
-from twotower.retrieval.certificate import TAIL_ENERGY, Float64Array
+from twotower.retrieval.certificate import TAIL_ENERGY, Float64Array, Frame
 from twotower.retrieval.certified_scan import CodedScan
 from twotower.retrieval.codes import huge_pages
 from twotower.retrieval.rows import Rows
@@ -51,6 +51,11 @@ class HeadExperience:
         self._known.setdefault(k, deque(maxlen=REMEMBERED)).append((tail, opened))
 
 
+def rotate(unit: Float64Array, frame: Frame) -> Float64Array:
+    """What `Frame.rotate` does."""
+    return native.turn(unit[:, frame.order], frame.columns)
+
+
 class NativeScan(CodedScan):
     """The scan of scan.c."""
 
@@ -86,7 +91,7 @@ class NativeScan(CodedScan):
 
     def search(self, queries: Float64Array, k: int) -> Best:
         """The best k rows of queries (Q, dim), none of them zero, in fp64; k <= rows."""
-        coded = self.coded.queries(queries)
+        coded = self.coded.queries(queries, rotate)
         tail = float(coded.coded.tail_norm.max())
         split = self.coded.store.head < self.coded.store.width
         few = len(queries) <= native.HEAD_QUERIES and self._rows.size >= self._head_rows

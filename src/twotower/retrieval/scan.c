@@ -756,6 +756,16 @@ int tt_level(void) { return best_level(); }
 
 const char *tt_level_name(int level) { return level_name(level); }
 
+/* out (count, stride) = vectors (count, stride) times a matrix (dim, dim) whose columns lie together;
+ * of both the first `dim` of `stride` numbers. `count` is a multiple of four. In one thread and without
+ * BLAS, whose threads would go on waiting for work, and take time from the search, for a while. */
+void tt_turn(const double *vectors, const float *columns, int64_t count, int64_t dim,
+             int64_t stride, double *out) {
+    const kernels chosen = choose_kernels(best_level());
+    for (int64_t i = 0; i < count; i += TURNED)
+        chosen.turn(vectors + i * stride, stride, columns, dim, out + i * stride);
+}
+
 /* Fill `position` and `score` of the job; 0, or -1 where memory was short. */
 int tt_search(const tt_job *job) {
     int64_t threads = job->threads < 1 ? 1 : job->threads, panels = 0;

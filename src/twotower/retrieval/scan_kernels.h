@@ -10,6 +10,7 @@
 
 #define PANEL 64
 #define TILE 6
+#define TURNED 4 /* vectors that are rotated at once */
 #define STREAMS 4 /* places that one query reads from at once: one alone leaves bandwidth unused */
 
 enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
@@ -38,6 +39,7 @@ typedef int (*bounds_function)(const int32_t *, const int32_t *, const tt_shard 
 typedef float (*heads_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *,
                                 float *, float *);
 typedef double (*product_function)(const double *, const void *, int64_t, int64_t, double *);
+typedef void (*turn_function)(const double *, int64_t, const float *, int64_t, double *);
 
 typedef struct {
     dots_function dots[TILE + 1]; /* by the number of queries */
@@ -45,6 +47,7 @@ typedef struct {
     bounds_function bounds;
     heads_function heads;
     product_function product;
+    turn_function turn;
     int flips; /* dots are of p, not of p + 128 */
 } kernels;
 
@@ -309,6 +312,44 @@ static inline __attribute__((always_inline)) double product_of(
 #define ARGUMENTS \
     const int32_t *dots, const int32_t *tail, const tt_shard *shard, int64_t panel, \
         const tt_asked *query, bounds *out
+typedef double doubles __attribute__((vector_size(64), aligned(8)));
+typedef float floats __attribute__((vector_size(32), aligned(4)));
+
+/* TURNED vectors, `stride` numbers apart, times a matrix (dim, dim) whose columns lie together. */
+static inline __attribute__((always_inline)) void turn_of(const double *vectors, int64_t stride,
+                                                          const float *columns, int64_t dim,
+                                                          double *out) {
+    int64_t row = 0;
+    for (; row + 16 <= dim; row += 16) {
+        doubles a0 = {0}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0;
+        for (int64_t column = 0; column < dim; column++) {
+            const floats *values = (const floats *)(columns + column * dim + row);
+            const doubles low = __builtin_convertvector(values[0], doubles);
+            const doubles high = __builtin_convertvector(values[1], doubles);
+#define TURN_STEP(i) \
+    a##i += low * vectors[column + i * stride]; \
+    b##i += high * vectors[column + i * stride];
+            TURN_STEP(0) TURN_STEP(1) TURN_STEP(2) TURN_STEP(3)
+        }
+#define TURN_STORE(i) \
+    *(doubles *)(out + i * stride + row) = a##i; \
+    *(doubles *)(out + i * stride + row + 8) = b##i;
+        TURN_STORE(0) TURN_STORE(1) TURN_STORE(2) TURN_STORE(3)
+    }
+    for (; row < dim; row++)
+        for (int i = 0; i < TURNED; i++) {
+            double sum = 0;
+            for (int64_t column = 0; column < dim; column++)
+                sum += vectors[column + i * stride] * columns[column * dim + row];
+            out[i * stride + row] = sum;
+        }
+}
+
+static void plain_turn(const double *vectors, int64_t stride, const float *columns, int64_t dim,
+                       double *out) {
+    turn_of(vectors, stride, columns, dim, out);
+}
+
 static int plain_bounds(ARGUMENTS) { return bounds_of(dots, tail, shard, panel, query, out); }
 #define HEAD_ARGUMENTS \
     const int32_t *dots, const tt_shard *shard, int64_t panel, const tt_asked *query, \
@@ -329,6 +370,16 @@ ON_AVX2 static int avx2_bounds(ARGUMENTS) {
 }
 ON_AVX2 static float avx2_heads(HEAD_ARGUMENTS) {
     return heads_of(dots, shard, panel, query, looks, peak);
+}
+
+ON_AVX2 static void avx2_turn(const double *vectors, int64_t stride, const float *columns,
+                              int64_t dim, double *out) {
+    turn_of(vectors, stride, columns, dim, out);
+}
+
+ON_VNNI static void vnni_turn(const double *vectors, int64_t stride, const float *columns,
+                              int64_t dim, double *out) {
+    turn_of(vectors, stride, columns, dim, out);
 }
 
 ON_AVX2 static double avx2_product(const double *query, const void *row, int64_t dim, int64_t half,
@@ -402,7 +453,7 @@ ON_VNNI static float vnni_heads(HEAD_ARGUMENTS) {
 /* The variants that a level runs. */
 static kernels choose_kernels(int64_t level) {
     kernels chosen = {.dots = TABLE_OF(plain_dots), .bounds = plain_bounds, .heads = plain_heads,
-                      .product = plain_product};
+                      .product = plain_product, .turn = plain_turn};
 #if defined(ON_AVX2)
     static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
     chosen.flips = level == AVX2;
@@ -411,12 +462,14 @@ static kernels choose_kernels(int64_t level) {
         chosen.bounds = avx2_bounds;
         chosen.heads = avx2_heads;
         chosen.product = avx2_product;
+        chosen.turn = avx2_turn;
     }
     if (level >= AVX512_VNNI) {
         memcpy(chosen.dots, vnni, sizeof vnni);
         chosen.streams = vnni_streams;
         chosen.bounds = vnni_bounds;
         chosen.heads = vnni_heads;
+        chosen.turn = vnni_turn;
     }
 #elif defined(ON_DOT)
     static const dots_function neon[] = TABLE_OF(neon_dots);

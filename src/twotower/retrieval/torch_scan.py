@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.retrieval.candidates import GROUP, Best, Candidates, group_size, rerank
-from twotower.retrieval.certificate import Float64Array
+from twotower.retrieval.certificate import Float64Array, Frame
 from twotower.retrieval.certified_scan import CodedScan
 from twotower.retrieval.native import CodedQueries
 from twotower.retrieval.rows import Rows
@@ -63,6 +63,15 @@ def _seconds(call: Callable[[], object]) -> float:
     return min(times)
 
 
+def rotate(unit: Float64Array, frame: Frame) -> Float64Array:
+    """What `Frame.rotate` does, with the threads of torch: those of numpy's BLAS would go on spinning."""
+    mixed = torch.from_numpy(unit[:, frame.order])
+    blocks = [torch.from_numpy(block).double() for block in frame.columns]
+    parts = mixed.split([len(block) for block in blocks], dim=1)
+    turned = [part @ block for part, block in zip(parts, blocks, strict=True)]
+    return torch.cat(turned, dim=1).numpy()
+
+
 class TorchScan(CodedScan):
     """The scan by `torch._int_mm`."""
 
@@ -80,7 +89,7 @@ class TorchScan(CodedScan):
 
     def _scan(self, queries: Float64Array, k: int) -> Candidates:
         """Every row that may be among the best k of a query; bounds are those of the unit query."""
-        coded = self.coded.queries(queries)
+        coded = self.coded.queries(queries, rotate)
         asked = _Asked(coded, k)
         pending: list[Candidates] = []
         limit = PENDING + 4 * k * len(queries)
