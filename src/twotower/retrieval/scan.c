@@ -276,7 +276,8 @@ static void collect(worker *self, int64_t query, int64_t position, const bounds 
 typedef struct { /* a few queries that pass over a group of panels together */
     int64_t from;
     const int32_t *head[TILE], *tail[TILE];
-    int width, ahead; /* ahead: whether the next panel is to be brought from memory */
+    int width;
+    int line, lines; /* what this tile brings from memory of each panel that comes next */
 } tile;
 
 static void heed_others(worker *self, int64_t query) {
@@ -286,11 +287,14 @@ static void heed_others(worker *self, int64_t query) {
     if (others > state->asked.threshold) state->asked.threshold = others;
 }
 
-/* Tiles of even width: 16 queries are 6, 5 and 5. The first one brings a group of panels from memory;
- * the others find it in the cache. */
+/* Tiles of even width: 16 queries are 6, 5 and 5. While they pass over a group of panels, which lies in
+ * the cache, each of the first four brings a share of the next group. */
 static tile make_tile(worker *self, int64_t number, int64_t tiles) {
     const tt_job *job = self->job;
-    tile made = {.from = number * job->num_queries / tiles, .ahead = !number};
+    tile made = {.from = number * job->num_queries / tiles};
+    const int first = (int)(4 * number / tiles), end = (int)(4 * (number + 1) / tiles);
+    if (tiles <= 4) made.line = first, made.lines = end - first;
+    else if (number < 4) made.line = (int)number, made.lines = 1;
     made.width = (int)((number + 1) * job->num_queries / tiles - made.from);
     for (int i = 0; i < made.width; i++) {
         made.head[i] = (const int32_t *)(job->query_codes + (made.from + i) * job->words * 4);
@@ -305,10 +309,9 @@ static int64_t head_bytes(const tt_job *job) { return job->head * 4 * PANEL; }
 static int64_t tail_bytes(const tt_job *job) { return (job->words - job->head) * 4 * PANEL; }
 
 /* Products of the heads or tails of a panel with some queries. */
-static void multiply(worker *self, const uint8_t *codes, int64_t bytes, int64_t panel, int ahead,
+static void multiply(worker *self, const uint8_t *codes, int64_t bytes, int64_t panel, tt_ahead ahead,
                      const int32_t *const *queries, int width, int32_t (*dots)[PANEL]) {
-    const uint8_t *here = codes + panel * bytes;
-    self->does.dots[width](here, ahead ? here + bytes : 0, queries, bytes / (4 * PANEL), dots);
+    self->does.dots[width](codes + panel * bytes, ahead, queries, bytes / (4 * PANEL), dots);
 }
 
 static void note_bounds(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
@@ -318,14 +321,21 @@ static void note_bounds(worker *self, const tt_shard *shard, int64_t panel, int6
         collect(self, query, shard->first + panel * PANEL, &of);
 }
 
-static void scan_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries) {
+/* `next` is the panel that this one's place will have in the next group, if there is one. */
+static void scan_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
+                       const tt_shard *next_shard, int64_t next) {
     const tt_job *job = self->job;
-    const int64_t tail = tail_bytes(job);
-    const int ahead = queries->ahead && panel + 1 < shard->panels, width = queries->width;
+    const int64_t head = head_bytes(job), tail = tail_bytes(job);
+    const int width = queries->width;
+    tt_ahead ahead = {0}, tail_ahead = {0};
     int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
     int32_t tails[TILE][PANEL] __attribute__((aligned(64)));
-    multiply(self, shard->codes, head_bytes(job), panel, ahead, queries->head, width, dots);
-    if (tail) multiply(self, shard->tail, tail, panel, ahead, queries->tail, width, tails);
+    if (next_shard) {
+        ahead = (tt_ahead){next_shard->codes + next * head, queries->line, queries->lines};
+        tail_ahead = (tt_ahead){next_shard->tail + next * tail, queries->line, queries->lines};
+    }
+    multiply(self, shard->codes, head, panel, ahead, queries->head, width, dots);
+    if (tail) multiply(self, shard->tail, tail, panel, tail_ahead, queries->tail, width, tails);
     for (int i = 0; i < width; i++)
         note_bounds(self, shard, panel, queries->from + i, dots[i], tail ? tails[i] : 0);
 }
@@ -375,17 +385,28 @@ static group take_group(worker *self) {
     return taken;
 }
 
+static void scan_group(worker *self, const group *now, const group *next) {
+    const int64_t tiles = (self->job->num_queries + TILE - 1) / TILE;
+    for (int64_t number = 0; number < tiles; number++) {
+        const tile queries = make_tile(self, number, tiles);
+        int64_t panel = now->first;
+        if (self->does.streams && self->job->num_queries == 1)
+            panel = scan_streams(self, now->shard, now->first, now->last, &queries);
+        for (; panel < now->last; panel++) {
+            const int64_t place = next->first + panel - now->first;
+            scan_panel(self, now->shard, panel, &queries, place < next->last ? next->shard : 0,
+                       place);
+        }
+    }
+}
+
 static void *scan(void *argument) {
     worker *self = argument;
-    const int64_t tiles = (self->job->num_queries + TILE - 1) / TILE;
-    for (group now; (now = take_group(self)).shard;)
-        for (int64_t number = 0; number < tiles; number++) {
-            const tile queries = make_tile(self, number, tiles);
-            int64_t panel = now.first;
-            if (self->does.streams && self->job->num_queries == 1)
-                panel = scan_streams(self, now.shard, now.first, now.last, &queries);
-            for (; panel < now.last; panel++) scan_panel(self, now.shard, panel, &queries);
-        }
+    group next;
+    for (group now = take_group(self); now.shard; now = next) {
+        next = take_group(self);
+        scan_group(self, &now, &next);
+    }
     return 0;
 }
 
@@ -462,8 +483,10 @@ static void *scan_heads(void *argument) {
         if (self->does.streams && count == 1) i = stream_heads(self, &now, queries.head[0], dots, peaks);
         for (; i < panels; i++) {
             const int64_t panel = now.first + i;
-            multiply(self, now.shard->codes, bytes, panel, panel + 1 < now.shard->panels,
-                     queries.head, queries.width, dots + i * count);
+            const tt_ahead ahead = {now.shard->codes + (panel + 1) * bytes, 0,
+                                    panel + 1 < now.shard->panels ? 4 : 0};
+            multiply(self, now.shard->codes, bytes, panel, ahead, queries.head, queries.width,
+                     dots + i * count);
             for (int query = 0; query < queries.width; query++)
                 note_head(self, now.shard, panel, query, dots[i * count + query],
                           peaks + i * count + query);
@@ -523,7 +546,7 @@ static void open_tails(worker *self, const tt_shard *shard, const int32_t *query
         self->does.streams(rest, query, job->words - job->head, tails);
     else
         for (int i = 0; i < some->count; i++)
-            self->does.dots[1](rest[i], 0, &query, job->words - job->head, tails + i);
+            self->does.dots[1](rest[i], (tt_ahead){0}, &query, job->words - job->head, tails + i);
     heed_others(self, 0);
     self->opened += some->count;
     for (int i = 0; i < some->count; i++)
@@ -560,7 +583,7 @@ static void open_panel(worker *self, const tt_shard *shard, int64_t panel, const
         }
     if (!count) return;
     self->opened += count;
-    multiply(self, shard->tail, bytes, panel, 0, codes, count, tails);
+    multiply(self, shard->tail, bytes, panel, (tt_ahead){0}, codes, count, tails);
     for (int i = 0; i < count; i++)
         note_bounds(self, shard, panel, open[i], dots[open[i]], tails[i]);
 }

@@ -26,11 +26,17 @@ typedef struct { /* what bounds need to know of a query */
     int32_t correction, tail_correction; /* 128 * sum of the query's code */
 } tt_asked;
 
+/* Of each 256 bytes from there so many cache lines are brought from memory: none, one, two or all. */
+typedef struct {
+    const uint8_t *from;
+    int line, lines;
+} tt_ahead;
+
 typedef struct { /* bounds of a panel's rows for one query */
     float upper[PANEL], lower[PANEL];
 } bounds __attribute__((aligned(64)));
 
-typedef void (*dots_function)(const uint8_t *, const uint8_t *, const int32_t *const *, int64_t,
+typedef void (*dots_function)(const uint8_t *, tt_ahead, const int32_t *const *, int64_t,
                               int32_t (*)[PANEL]);
 typedef void (*streams_function)(const uint8_t *const *, const int32_t *, int64_t,
                                  int32_t (*)[PANEL]);
@@ -54,7 +60,7 @@ typedef struct {
 /* ---- integer dot products of a panel with a few queries ------------------------------------- */
 
 #define DOTS_OF(name, width) \
-    static void name##_##width(const uint8_t *panel, const uint8_t *ahead, \
+    static void name##_##width(const uint8_t *panel, tt_ahead ahead, \
                                const int32_t *const *queries, int64_t words, \
                                int32_t (*out)[PANEL]) { \
         name(panel, ahead, queries, words, width, out); \
@@ -65,7 +71,7 @@ typedef struct {
 #define TABLE_OF(name) {0, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 
 static inline __attribute__((always_inline)) void plain_dots(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
+    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
     const int width, int32_t (*out)[PANEL]) {
     (void)ahead;
     memset(out, 0, sizeof(out[0]) * (size_t)width);
@@ -89,7 +95,7 @@ ALL_DOTS(plain_dots, )
 #define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5)
 
 ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
+    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
     const int width, int32_t (*out)[PANEL]) {
     const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     for (int quarter = 0; quarter < 4; quarter++) {
@@ -97,7 +103,8 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
         for (int64_t word = 0; word < words; word++) {
             const int64_t at = word * (4 * PANEL) + quarter * 64;
             const __m256i *p = (const __m256i *)(panel + at);
-            if (ahead) _mm_prefetch((const char *)ahead + at, _MM_HINT_T1);
+            if (quarter >= ahead.line && quarter < ahead.line + ahead.lines)
+                _mm_prefetch((const char *)ahead.from + at, _MM_HINT_T1);
             /* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
             const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip);
             const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip);
@@ -122,15 +129,15 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
 }
 
 ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
+    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
     const int width, int32_t (*out)[PANEL]) {
     avx2_few(panel, ahead, queries, words, width < 3 ? width : 3, out); /* what 16 registers hold */
-    if (width > 3) avx2_few(panel, 0, queries + 3, words, width - 3, out + 3);
+    if (width > 3) avx2_few(panel, (tt_ahead){0}, queries + 3, words, width - 3, out + 3);
 }
 ALL_DOTS(avx2_dots, ON_AVX2)
 
 ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
+    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
     const int width, int32_t (*out)[PANEL]) {
     const __m512i zero = _mm512_setzero_si512();
 #define VNNI_SUMS(q) __m512i a##q = zero, b##q = zero, c##q = zero, d##q = zero;
@@ -139,12 +146,14 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
         const uint8_t *p = panel + word * (4 * PANEL);
         const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
         const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
-        if (ahead) {
-            const char *next = (const char *)ahead + word * (4 * PANEL);
+        if (ahead.lines) {
+            const char *next = (const char *)ahead.from + word * (4 * PANEL) + ahead.line * 64;
             _mm_prefetch(next, _MM_HINT_T1);
-            _mm_prefetch(next + 64, _MM_HINT_T1);
-            _mm_prefetch(next + 128, _MM_HINT_T1);
-            _mm_prefetch(next + 192, _MM_HINT_T1);
+            if (ahead.lines > 1) _mm_prefetch(next + 64, _MM_HINT_T1);
+            if (ahead.lines > 2) {
+                _mm_prefetch(next + 128, _MM_HINT_T1);
+                _mm_prefetch(next + 192, _MM_HINT_T1);
+            }
         }
 #define VNNI_STEP(q) \
     if (width > q) { \
@@ -199,7 +208,7 @@ ON_VNNI static void vnni_streams(const uint8_t *const *panels, const int32_t *qu
 #define ON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 
-ON_DOT static inline void neon_dots(const uint8_t *panel, const uint8_t *ahead,
+ON_DOT static inline void neon_dots(const uint8_t *panel, tt_ahead ahead,
                                     const int32_t *const *queries, int64_t words, const int width,
                                     int32_t (*out)[PANEL]) {
     const uint8x16_t flip = vdupq_n_u8(0x80);
@@ -209,7 +218,8 @@ ON_DOT static inline void neon_dots(const uint8_t *panel, const uint8_t *ahead,
             for (int part = 0; part < 4; part++) sums[query][part] = vdupq_n_s32(0);
         for (int64_t word = 0; word < words; word++) {
             const uint8_t *p = panel + word * (4 * PANEL) + quarter * 64;
-            if (ahead) __builtin_prefetch(ahead + word * (4 * PANEL) + quarter * 64, 0, 2);
+            if (quarter >= ahead.line && quarter < ahead.line + ahead.lines)
+                __builtin_prefetch(ahead.from + word * (4 * PANEL) + quarter * 64, 0, 2);
             int8x16_t rows[4];
             for (int part = 0; part < 4; part++)
                 rows[part] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * part), flip));
@@ -312,8 +322,8 @@ static inline __attribute__((always_inline)) double product_of(
 #define ARGUMENTS \
     const int32_t *dots, const int32_t *tail, const tt_shard *shard, int64_t panel, \
         const tt_asked *query, bounds *out
-typedef double doubles __attribute__((vector_size(64), aligned(8)));
-typedef float floats __attribute__((vector_size(32), aligned(4)));
+typedef double doubles __attribute__((vector_size(64), aligned(8), may_alias));
+typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* TURNED vectors, `stride` numbers apart, times a matrix (dim, dim) whose columns lie together. */
 static inline __attribute__((always_inline)) void turn_of(const double *vectors, int64_t stride,
