@@ -5,10 +5,11 @@
     python benchmarks/exact_search.py --queries 1 16 --cross            # queries of another cone
 
 The contenders take turns within a round, each with as many threads; ratios are of medians. Between
-two there is a pause, as the one's threads would be waiting for work while the other is timed. Tuned is
-the best of one thread, and of FAISS's matrix product at any number of queries. Rows of both sides
-lie on huge pages: FAISS searches ours where its own copy would not (`knn` takes any array). The
-machine's read bandwidth and int8 rate are measured in the same rounds; shares are of their medians.
+two there is a pause, as the one's threads would be waiting for work while the other is timed. Tuned
+is the best of one thread, and of FAISS's matrix product at any number of queries. Rows of both
+sides lie on huge pages: FAISS searches ours where its own copy would not (`knn` takes any array).
+The machine's read bandwidth and int8 rate are measured in the same rounds; shares are of their
+medians, and a read share above 1 means that not all codes were read.
 Needs a C compiler for these two. Answers are compared with FAISS's, up to ties.
 """
 

@@ -323,6 +323,51 @@ def test_few_rows_are_scored_exactly() -> None:
     assert found.collected / 50 < 1500
 
 
+def test_a_search_by_heads_opens_few_panels() -> None:
+    rng = np.random.default_rng(0)
+    spectrum = 1 / np.arange(1, 65, dtype=np.float32)
+    centres = rng.standard_normal((400, 64)).astype(np.float32) * spectrum
+    noise = rng.standard_normal((20_000, 64)).astype(np.float32) * spectrum
+    rows = unit_rows(centres[rng.integers(0, 400, 20_000)] + 0.3 * noise)
+    index = make("native 0 heads", 64)
+    index.add(rows)
+    scan = index._scan
+    assert isinstance(scan, NativeScan)
+    assert 0 < scan.coded.store.head < 64
+    experience = scan._experience
+    seen: list[float] = []
+    experience.learn = lambda k, tail, opened: seen.append(opened)  # type: ignore[method-assign]
+    index.search(rows[:3], 10)
+    assert len(seen) == 1
+    assert seen[0] < 0.5
+    index.search(rows[:7], 10)  # too many queries
+    assert len(seen) == 1
+
+
+def test_heads_come_first_where_that_has_helped() -> None:
+    experience = HeadExperience()
+    for _ in range(5):
+        assert experience.ask(10, 0.2)  # nothing is known
+    for _ in range(4):
+        experience.learn(10, 0.2, 0.05)
+        experience.learn(10, 0.5, 1.0)
+    assert experience.ask(10, 0.21)
+    asked = [experience.ask(10, 0.49) for _ in range(64)]
+    assert sum(asked) == 2  # now and then it looks whether that has changed
+    assert experience.ask(100, 0.49)
+
+
+@pytest.mark.parametrize("dims", [(1,), (7, 6), (64,), (33, 40)])
+def test_queries_are_rotated_as_rows_are(dims: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    blocks = [rng.standard_normal((dim, dim)).astype(np.float32) for dim in dims]
+    frame = Frame.of_parts(np.zeros(sum(dims), np.float32), rng.permutation(sum(dims)), blocks, 1)
+    for count in (1, 4, 6):
+        queries = rng.standard_normal((count, sum(dims)))
+        for how in (rotate, torch_scan.rotate):
+            np.testing.assert_allclose(how(queries, frame), frame.rotate(queries), atol=1e-12)
+
+
 def test_a_missing_library_means_another_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiers.choose_tier(Tier.auto) is Tier.native
     assert tiers.describe().startswith(f"tier 1, C: {native.level_name(native.level())}")
