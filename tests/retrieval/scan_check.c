@@ -18,32 +18,28 @@ static void *room(size_t bytes) { /* exactly, so that a byte beyond is noticed *
     return made;
 }
 
-/* Adds to the squares of error and norm. */
-static void code(const float *row, int64_t dim, int8_t *codes, float *scale, double *error,
-                 double *norm) {
-    float largest = 0;
-    for (int64_t i = 0; i < dim; i++) largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
-    *scale = largest / 127;
-    for (int64_t i = 0; i < dim; i++) {
-        const double step = *scale > 0 ? rint(row[i] / *scale) : 0;
-        codes[i] = (int8_t)(step > 127 ? 127 : step < -127 ? -127 : step);
-        *error += pow(row[i] - (double)codes[i] * *scale, 2);
-        *norm += pow((double)codes[i] * *scale, 2);
-    }
-}
-
 typedef struct {
-    float scale, error, norm, tail_scale, tail_norm;
+    float scale, error, norm, tail_norm;
 } about;
 
-/* Head and tail, of which the latter may be empty. */
-static about code_both(const float *row, int64_t dim, int64_t head, int8_t *codes) {
+/* The head at twice the scale, where there is a tail. */
+static about code(const float *row, int64_t dim, int64_t head, int8_t *codes) {
     about made = {0};
     double error = 0, norm = 0, tail = 0;
-    if (head > dim) head = dim;
-    code(row, head, codes, &made.scale, &error, &norm);
-    if (head < dim) code(row + head, dim - head, codes + head, &made.tail_scale, &error, &norm);
-    for (int64_t i = head; i < dim; i++) tail += (double)row[i] * row[i];
+    float largest = 0;
+    for (int64_t i = 0; i < dim; i++) {
+        const float value = fabsf(row[i]) / (head < dim && i < head ? 2 : 1);
+        largest = value > largest ? value : largest;
+    }
+    made.scale = largest / 127;
+    for (int64_t i = 0; i < dim; i++) {
+        const double unit = (double)made.scale * (head < dim && i < head ? 2 : 1);
+        const double step = unit > 0 ? rint(row[i] / unit) : 0;
+        codes[i] = (int8_t)(step > 127 ? 127 : step < -127 ? -127 : step);
+        error += pow(row[i] - codes[i] * unit, 2);
+        norm += pow(codes[i] * unit, 2);
+        if (i >= head) tail += (double)row[i] * row[i];
+    }
     made.error = (float)(sqrt(error) * 1.00001 + 1e-5 * (sqrt(norm) + 1));
     made.norm = (float)(sqrt(norm) * 1.00001);
     made.tail_norm = (float)(sqrt(tail) * 1.00001);
@@ -63,7 +59,6 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     const int64_t places = panels * PANEL;
     float *values = room(sizeof(float) * (size_t)(rows * dim));
     uint8_t *codes = room((size_t)(places * head * 4)), *tail = room((size_t)(places * rest * 4));
-    float *tail_scale = room(sizeof(float) * (size_t)places);
     float *tail_norm = room(sizeof(float) * (size_t)places);
     float *scale = room(sizeof(float) * (size_t)places), *norm = room(sizeof(float) * (size_t)places);
     float *error = room(sizeof(float) * (size_t)places);
@@ -78,9 +73,9 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
         for (int64_t i = 0; i < dim; i++)
             here[i] = kind == 1 ? 0.5f : kind == 2 && row % 2 ? 0 : uniform();
         if (kind == 3 && row % 3 == 0) continue; /* deleted */
-        const about made = code_both(here, dim, 4 * head, one);
+        const about made = code(here, dim, 4 * head, one);
         scale[row] = made.scale, error[row] = made.error, norm[row] = made.norm;
-        tail_scale[row] = made.tail_scale, tail_norm[row] = made.tail_norm;
+        tail_norm[row] = made.tail_norm;
         for (int64_t i = 0; i < dim; i++)
             if (i < 4 * head) codes[place_of(row, i, head)] = (uint8_t)(one[i] + 128);
             else tail[place_of(row, i - 4 * head, rest)] = (uint8_t)(one[i] + 128);
@@ -88,7 +83,6 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     int8_t *query_codes = room((size_t)(num_queries * words * 4));
     float *query_scale = room(sizeof(float) * (size_t)num_queries);
     float *query_error = room(sizeof(float) * (size_t)num_queries);
-    float *query_tail_scale = room(sizeof(float) * (size_t)num_queries);
     float *query_tail_norm = room(sizeof(float) * (size_t)num_queries);
     double *queries = room(sizeof(double) * (size_t)(num_queries * dim));
     double *query_norm = room(sizeof(double) * (size_t)num_queries);
@@ -103,19 +97,19 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
             single[i] = (float)(single[i] / sqrt(length));
         }
         query_norm[query] = sqrt(length);
-        const about made = code_both(single, dim, 4 * head, query_codes + query * words * 4);
+        const about made = code(single, dim, 4 * head, query_codes + query * words * 4);
         query_scale[query] = made.scale, query_error[query] = made.error;
-        query_tail_scale[query] = made.tail_scale, query_tail_norm[query] = made.tail_norm;
+        query_tail_norm[query] = made.tail_norm;
     }
     /* For the heads of seven panels at a time; none where all is scanned at once. */
     const int64_t size = split ? 7 * (PANEL + 1) * num_queries : 0;
     int32_t *scratch = room(sizeof *scratch * (size_t)size);
     int64_t *position = room(sizeof(int64_t) * (size_t)(num_queries * k)), count[4] = {0};
     double *score = room(sizeof(double) * (size_t)(num_queries * k));
-    const tt_shard shard = {codes, tail, scale, error, norm, tail_scale, tail_norm, panels, 0};
+    const tt_shard shard = {codes, tail, scale, error, norm, tail_norm, panels, 0};
     const tt_part parts[2] = {{values, 0, 0}, {values + rows / 2 * dim, rows / 2, 0}};
     const tt_job job = {&shard, parts, ids, rows > 0, 2, dim, words, head, query_codes,
-                        query_scale, query_error, query_tail_scale, query_tail_norm, queries,
+                        query_scale, query_error, query_tail_norm, queries,
                         query_norm, centre, num_queries, k, 1, threads, level, scratch, size,
                         position, score, count};
     int bad = tt_search(&job);
@@ -140,8 +134,8 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     }
     free(values), free(codes), free(scale), free(norm), free(error), free(ids), free(one);
     free(query_codes), free(query_scale), free(query_error), free(queries), free(query_norm);
-    free(centre), free(single), free(position), free(score), free(tail), free(tail_scale);
-    free(tail_norm), free(query_tail_scale), free(query_tail_norm), free(scratch);
+    free(centre), free(single), free(position), free(score), free(tail);
+    free(tail_norm), free(query_tail_norm), free(scratch);
     if (bad)
         fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld kind %d %d\n",
                 (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads, kind,

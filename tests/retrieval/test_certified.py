@@ -203,13 +203,14 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     asked = frame.code_rotated(frame.rotate(queries))
     # As scan.c computes it, in fp32.
     codes, others = asked.codes.astype(np.int64), coded.codes.astype(np.int64)
-    says = (codes[:, :head] @ others[:, :head].T).astype(np.float32)
-    middle = says * asked.scale[:, None] * coded.scale
+    factor = 4 if head < dim else 1
+    says = factor * (codes[:, :head] @ others[:, :head].T)
+    middle = says.astype(np.float32) * asked.scale[:, None] * coded.scale
     width = asked.error[:, None] * coded.norm + coded.error
     outside = width + asked.tail_norm[:, None] * coded.tail_norm
     upper, lower = middle + outside, middle - outside
-    rest = (codes[:, head:] @ others[:, head:].T).astype(np.float32)
-    middle = middle + rest * asked.tail_scale[:, None] * coded.tail_scale
+    both = says + codes[:, head:] @ others[:, head:].T
+    middle = both.astype(np.float32) * asked.scale[:, None] * coded.scale
     true = queries @ rows.astype(np.float64).T
     centred = true - (queries @ frame.centre)[:, None]
     length = np.linalg.norm(rows.astype(np.float64), axis=1)
@@ -231,9 +232,9 @@ def test_codes_are_read_as_they_were_written(packed: bool, head: int) -> None:
     store.split(head)
     parts = []
     for count in (1, 5, 63, 64, 200, 0, 1, 900):
-        columns = [rng.random(count).astype(np.float32) for _ in range(5)]
+        columns = [rng.random(count).astype(np.float32) for _ in range(4)]
         if head == 13:
-            columns[3:] = np.zeros((2, count), np.float32)
+            columns[3][:] = 0
         codes = rng.integers(-127, 128, (count, 13)).astype(np.int8)
         parts.append(CodedRows(codes, *columns))
         store.append(parts[-1])
@@ -319,7 +320,7 @@ def test_few_rows_are_scored_exactly() -> None:
     arguments = (scan.coded.store.shards, parts, index._rows.ids.array, coded, 10)
     options = {"cosine": True, "threads": 1, "level": native.level()}
     found = native.search(*arguments, **options, scratch=np.empty(0, np.int32))
-    assert 10 <= found.reranked / 50 < 60
+    assert 10 <= found.reranked / 50 < 80
     assert found.collected / 50 < 1500
 
 

@@ -9,10 +9,10 @@ by Cauchy and Schwarz. The rotation spreads a vector over all dimensions, which 
 centre makes n small, and what it adds to a score is the same for all rows of a query. Nothing is
 assumed of either: R is orthogonal only up to rounding, and by how much is measured in fp64.
 
-Where few directions hold most of the energy, R brings these first (principal components, mixed at
-random among themselves) and the others, the tail, behind them, each with a scale s of its own. Then
-q.x - q.centre is at most |tail of R q| |tail of R (x - centre)| from what the head alone says, and
-a scan need not read the tails of most rows.
+Where few directions hold most of the energy, R brings these first, the head (principal components,
+mixed at random among themselves), and the others, the tail, behind them; codes of the head stand
+for 2 s p, as its values are larger. Then q.x - q.centre is at most |tail of R q| |tail of
+R (x - centre)| from what the head alone says, and a scan need not read the tails of most rows.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ CENTRE_ROWS = 65_536  # rows that the centre is the mean of
 SEED = 20_240_607
 TAIL_ENERGY = 0.17  # of all energy, at most; less makes the bound tighter and the head longer
 HEAD_STEP = 16  # dimensions
+HEAD_SCALE = 2  # scan.c shifts by two bits: twice for rows and for queries
 LONGEST_HEAD = 0.5  # of all dimensions: beyond, too little is left to be saved
 LARGEST_DIM = 1024  # that principal components are computed of, at 16 rows a dimension
 # Of |row| + |codes|: fp32 rounding of scores by codes, ties within two fp32 steps, fp64 rounding.
@@ -47,15 +48,13 @@ SMALLEST = 2.0**-100  # below it scales are 0: no fp32 product may lose bits to 
 class CodedRows(NamedTuple):
     """Codes (n, dim), and scale, error and norm (n,) of each row, in fp32.
 
-    Scale and norm of the tail are (n,), and zeros where there is none. `norm` is that of all codes,
-    `tail_norm` that of the tail before it was coded.
+    `norm` is that of all codes, `tail_norm` (n,) that of the tail before it was coded.
     """
 
     codes: Codes
     scale: FloatArray
     error: FloatArray
     norm: FloatArray
-    tail_scale: FloatArray
     tail_norm: FloatArray
 
     def part(self, start: int, stop: int) -> CodedRows:
@@ -64,12 +63,11 @@ class CodedRows(NamedTuple):
 
 
 class QueryCodes(NamedTuple):
-    """Codes (Q, dim), scales, errors, and scales and norms of the tail (Q,) of unit queries."""
+    """Codes (Q, dim), scales, errors, and norms of the tail (Q,) of unit queries."""
 
     codes: Codes
     scale: FloatArray
     error: FloatArray
-    tail_scale: FloatArray
     tail_norm: FloatArray
 
 
@@ -147,9 +145,7 @@ class Frame:
         made = self._quantise(self.rotate(rows))
         error, norm = made.error, made.norm
         error = error + self.slack * (error + moved) + ARITHMETIC * (norm + error + moved + length)
-        return CodedRows(
-            made.codes, made.scale, _above(error), _above(norm), made.tail_scale, made.tail_norm
-        )
+        return CodedRows(made.codes, made.scale, _above(error), _above(norm), made.tail_norm)
 
     def code_rotated(self, rotated: Float64Array) -> QueryCodes:
         """Codes (Q, dim), scales t, errors |u| and so on (Q,) of rotated queries of unit norm.
@@ -157,44 +153,25 @@ class Frame:
         `rotated` is overwritten.
         """
         made = self._quantise(rotated)
-        return QueryCodes(
-            made.codes, made.scale, _above(made.error), made.tail_scale, made.tail_norm
-        )
+        return QueryCodes(made.codes, made.scale, _above(made.error), made.tail_norm)
 
     def _quantise(self, rotated: Float64Array) -> _Quantised:
-        """Head and tail; `rotated` is overwritten."""
+        """Codes, the head's at twice the scale; `rotated` is overwritten."""
+        steps = np.ones(rotated.shape[1])
+        if self.head < len(steps):
+            steps[: self.head] = HEAD_SCALE
         tail = rotated[:, self.head :]
         tail_norm = np.sqrt(np.einsum("nd,nd->n", tail, tail))
-        codes, scale, error, norm = quantise(rotated[:, : self.head])
-        if self.head == rotated.shape[1]:
-            nothing = np.zeros(len(codes), np.float32)
-            return _Quantised(codes, scale, error, norm, nothing, nothing)
-        rest = quantise(tail)
-        return _Quantised(
-            np.concatenate([codes, rest.codes], axis=1),
-            scale,
-            np.hypot(error, rest.error),
-            np.hypot(norm, rest.norm),
-            rest.scale,
-            _above(tail_norm),
-        )
-
-
-class _Part(NamedTuple):
-    """Codes, scales, norms of what is lost, norms of what is kept."""
-
-    codes: Codes
-    scale: FloatArray
-    error: Float64Array
-    norm: Float64Array
+        return _Quantised(*quantise(rotated, steps), _above(tail_norm))
 
 
 class _Quantised(NamedTuple):
+    """Codes, scales, norms of what is lost and of what is kept, and of the tail."""
+
     codes: Codes
     scale: FloatArray
     error: Float64Array
     norm: Float64Array
-    tail_scale: FloatArray
     tail_norm: FloatArray
 
 
@@ -221,21 +198,24 @@ def _above(values: Float64Array) -> FloatArray:
     return (values * ROUND_UP + SMALLEST).astype(np.float32)
 
 
-def quantise(values: Float64Array) -> _Part:
-    """Codes of -127 to 127, scales, norms of what is lost, norms of what is kept; row by row.
+def quantise(
+    values: Float64Array, steps: Float64Array
+) -> tuple[Codes, FloatArray, Float64Array, Float64Array]:
+    """Codes p of -127 to 127, scales s, norms of what is lost and of what is kept, row by row.
 
-    `values` is overwritten.
+    `steps` (dim,) times s is what p is multiplied by. `values` (n, dim) is overwritten.
     """
-    scale = (np.abs(values).max(axis=1) / 127).astype(np.float32)
+    scale = ((np.abs(values) / steps).max(axis=1) / 127).astype(np.float32)
     scale[scale < SMALLEST] = 0
     wide = scale.astype(np.float64)
-    near = np.rint(values / np.where(wide > 0, wide, np.inf)[:, None])
+    near = np.rint(values / steps / np.where(wide > 0, wide, np.inf)[:, None])
     np.clip(near, -127, 127, out=near)
     codes = near.astype(np.int8)
+    near *= steps
     near *= wide[:, None]
     norm = np.sqrt(np.einsum("nd,nd->n", near, near))
     values -= near
-    return _Part(codes, scale, np.sqrt(np.einsum("nd,nd->n", values, values)), norm)
+    return codes, scale, np.sqrt(np.einsum("nd,nd->n", values, values)), norm
 
 
 def _orthogonal(rng: np.random.Generator, size: int) -> FloatArray:

@@ -36,7 +36,6 @@ class Shard:
     scale: FloatArray
     error: FloatArray
     norm: FloatArray
-    tail_scale: FloatArray
     tail_norm: FloatArray
 
     @property
@@ -59,7 +58,7 @@ class CodeStore:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, errors and norms."""
-        columns = 5 if self.head < self.width else 3
+        columns = 4 if self.head < self.width else 3
         codes = sum(shard.codes.nbytes + shard.tail.nbytes for shard in self.shards)
         return codes + sum(columns * shard.scale.nbytes for shard in self.shards)
 
@@ -101,9 +100,9 @@ class CodeStore:
         places = min(-(-places // PANEL) * PANEL, -(-self._shard_rows // PANEL) * PANEL)
         codes = self._codes(places, self.head)
         tail = self._codes(places, self.width - self.head)
-        scale, norm, tail_scale, tail_norm = (np.zeros(places, np.float32) for _ in range(4))
+        scale, norm, tail_norm = (np.zeros(places, np.float32) for _ in range(3))
         error = np.full(places, DEAD, np.float32)
-        return Shard(first, 0, codes, tail, scale, error, norm, tail_scale, tail_norm)
+        return Shard(first, 0, codes, tail, scale, error, norm, tail_norm)
 
     def _codes(self, places: int, width: int) -> npt.NDArray[np.generic]:
         raw = huge_pages(places * width)
@@ -114,7 +113,7 @@ class CodeStore:
     def _grow(self, shard: Shard, places: int) -> None:
         """Give a shard at least twice the places."""
         larger = self._empty(shard.first, max(places, 2 * shard.places))
-        for name in ("codes", "tail", "scale", "error", "norm", "tail_scale", "tail_norm"):
+        for name in ("codes", "tail", "scale", "error", "norm", "tail_norm"):
             old = getattr(shard, name)
             getattr(larger, name)[: len(old)] = old
             setattr(shard, name, getattr(larger, name))
@@ -124,7 +123,6 @@ class CodeStore:
         shard.scale[start:stop], shard.norm[start:stop] = rows.scale, rows.norm
         shard.error[start:stop] = rows.error
         if self.head < self.width:
-            shard.tail_scale[start:stop] = rows.tail_scale
             shard.tail_norm[start:stop] = rows.tail_norm
         if not self.packed:
             shard.codes[start:stop, : self._dim] = rows.codes
@@ -144,7 +142,7 @@ class CodeStore:
             shard.error[place] = DEAD
             shard.scale[place] = shard.norm[place] = 0
             if self.head < self.width:
-                shard.tail_scale[place] = shard.tail_norm[place] = 0
+                shard.tail_norm[place] = 0
 
     def rows(self, start: int, stop: int) -> CodedRows:
         """The codes at positions start to stop - 1, as they were added."""
@@ -152,7 +150,7 @@ class CodeStore:
         for shard in self.shards:
             low, high = max(start - shard.first, 0), min(stop - shard.first, shard.used)
             if low < high:
-                columns = (shard.scale, shard.error, shard.norm, shard.tail_scale, shard.tail_norm)
+                columns = (shard.scale, shard.error, shard.norm, shard.tail_norm)
                 codes = self._unpacked(shard, low, high)
                 parts.append(CodedRows(codes, *(column[low:high] for column in columns)))
         return CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))

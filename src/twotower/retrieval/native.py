@@ -31,7 +31,6 @@ class _Shard(Structure):
         ("scale", c_void_p),
         ("error", c_void_p),
         ("norm", c_void_p),
-        ("tail_scale", c_void_p),
         ("tail_norm", c_void_p),
         ("panels", c_int64),
         ("first", c_int64),
@@ -50,7 +49,7 @@ class _Job(Structure):
         *((name, c_int64) for name in ("num_shards", "num_parts", "dim", "words")),
         ("head", c_int64),
         *((name, c_void_p) for name in ("query_codes", "query_scale", "query_error")),
-        *((name, c_void_p) for name in ("query_tail_scale", "query_tail_norm")),
+        ("query_tail_norm", c_void_p),
         *((name, c_void_p) for name in ("queries", "query_norm", "query_centre")),
         *((name, c_int64) for name in ("num_queries", "k", "cosine", "threads", "level")),
         ("scratch", c_void_p),
@@ -179,9 +178,8 @@ def search(
 
 
 def _shard(shard: Shard) -> _Shard:
-    columns = (shard.codes, shard.tail, shard.scale, shard.error, shard.norm)
-    tail = (shard.tail_scale, shard.tail_norm)
-    return _Shard(*map(_pointer, (*columns, *tail)), -(-shard.used // PANEL), shard.first)
+    columns = (shard.codes, shard.tail, shard.scale, shard.error, shard.norm, shard.tail_norm)
+    return _Shard(*map(_pointer, columns), -(-shard.used // PANEL), shard.first)
 
 
 def _part(first: int, rows: AnyFloatArray) -> _Part:

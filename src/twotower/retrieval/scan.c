@@ -8,9 +8,9 @@
  *
  * Codes lie in panels of 64 rows: [dim / 4][64][4] bytes, each p + 128.
  *
- * Where few dimensions hold most of the energy, the first `head` words are those dimensions, with a
- * scale of their own, and the rest, the tail, lies in panels elsewhere. By Cauchy and Schwarz the tail
- * adds at most |tail of q| |tail of x| to what the head says. A search of few queries, whose time is
+ * Where few dimensions hold most of the energy, the first `head` words are those dimensions, at twice
+ * the scale (of rows and queries: four times in products), and the rest, the tail, lies in panels
+ * elsewhere. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x| to what the head says. A search of few queries, whose time is
  * that of reading the codes, then has phases, if it is given the memory for it:
  *   heads   what the head says of each row, and the best bound of each panel;
  *   seed    the rows that look best, scored, make a threshold;
@@ -45,7 +45,7 @@ typedef struct {
     int64_t num_shards, num_parts, dim, words; /* words: dim padded to fours, in fours */
     int64_t head;               /* words of the head: all, where there is no tail */
     const int8_t *query_codes;  /* (Q, words, 4) */
-    const float *query_scale, *query_error, *query_tail_scale, *query_tail_norm;
+    const float *query_scale, *query_error, *query_tail_norm;
     const double *queries;      /* (Q, dim) */
     const double *query_norm;   /* what a dot product is divided by for the unit query's score */
     const double *query_centre; /* unit query . centre */
@@ -275,7 +275,7 @@ static void collect(worker *self, int64_t query, int64_t position, const bounds 
 
 typedef struct { /* a few queries that pass over a group of panels together */
     int64_t from;
-    const int32_t *head[TILE], *tail[TILE];
+    const int32_t *codes[TILE];
     int width;
     int line, lines; /* what this tile brings from memory of each panel that comes next */
 } tile;
@@ -297,8 +297,7 @@ static tile make_tile(worker *self, int64_t number, int64_t tiles) {
     else if (number < 4) made.line = (int)number, made.lines = 1;
     made.width = (int)((number + 1) * job->num_queries / tiles - made.from);
     for (int i = 0; i < made.width; i++) {
-        made.head[i] = (const int32_t *)(job->query_codes + (made.from + i) * job->words * 4);
-        made.tail[i] = made.head[i] + job->head;
+        made.codes[i] = (const int32_t *)(job->query_codes + (made.from + i) * job->words * 4);
         heed_others(self, made.from + i);
     }
     return made;
@@ -308,10 +307,13 @@ static int64_t head_bytes(const tt_job *job) { return job->head * 4 * PANEL; }
 
 static int64_t tail_bytes(const tt_job *job) { return (job->words - job->head) * 4 * PANEL; }
 
-/* Products of the heads or tails of a panel with some queries. */
-static void multiply(worker *self, const uint8_t *codes, int64_t bytes, int64_t panel, tt_ahead ahead,
-                     const int32_t *const *queries, int width, int32_t (*dots)[PANEL]) {
-    self->does.dots[width](codes + panel * bytes, ahead, queries, bytes / (4 * PANEL), dots);
+static tt_panel head_of(const tt_job *job, const tt_shard *shard, int64_t panel) {
+    return (tt_panel){.codes = shard->codes + panel * head_bytes(job), .words = job->head};
+}
+
+static tt_panel tail_of(const tt_job *job, const tt_shard *shard, int64_t panel) {
+    return (tt_panel){.codes = shard->tail + panel * tail_bytes(job),
+                      .words = job->words - job->head};
 }
 
 static void note_bounds(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
@@ -324,41 +326,35 @@ static void note_bounds(worker *self, const tt_shard *shard, int64_t panel, int6
 /* `next` is the panel that this one's place will have in the next group, if there is one. */
 static void scan_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
                        const tt_shard *next_shard, int64_t next) {
-    const tt_job *job = self->job;
-    const int64_t head = head_bytes(job), tail = tail_bytes(job);
-    const int width = queries->width;
-    tt_ahead ahead = {0}, tail_ahead = {0};
+    tt_panel head = head_of(self->job, shard, panel), tail = tail_of(self->job, shard, panel);
     int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
-    int32_t tails[TILE][PANEL] __attribute__((aligned(64)));
     if (next_shard) {
-        ahead = (tt_ahead){next_shard->codes + next * head, queries->line, queries->lines};
-        tail_ahead = (tt_ahead){next_shard->tail + next * tail, queries->line, queries->lines};
+        head.next = head_of(self->job, next_shard, next).codes;
+        tail.next = tail_of(self->job, next_shard, next).codes;
+        head.line = tail.line = queries->line;
+        head.lines = tail.lines = queries->lines;
     }
-    multiply(self, shard->codes, head, panel, ahead, queries->head, width, dots);
-    if (tail) multiply(self, shard->tail, tail, panel, tail_ahead, queries->tail, width, tails);
-    for (int i = 0; i < width; i++)
-        note_bounds(self, shard, panel, queries->from + i, dots[i], tail ? tails[i] : 0);
+    self->does.dots[queries->width](&head, &tail, queries->codes, dots);
+    for (int i = 0; i < queries->width; i++)
+        note_bounds(self, shard, panel, queries->from + i, dots[i], 0);
 }
 
 /* One query: its time is that of reading the codes, from several places at once. Returns where the
  * even shares of the streams end. */
 static int64_t scan_streams(worker *self, const tt_shard *shard, int64_t first, int64_t last,
                             const tile *one) {
-    const tt_job *job = self->job;
-    const int64_t head = head_bytes(job), tail = tail_bytes(job), share = (last - first) / STREAMS;
+    const int64_t share = (last - first) / STREAMS;
     int32_t dots[STREAMS][PANEL] __attribute__((aligned(64)));
-    int32_t tails[STREAMS][PANEL] __attribute__((aligned(64)));
     for (int64_t step = 0; step < share; step++) {
-        const uint8_t *heads[STREAMS], *rest[STREAMS];
+        tt_panel heads[STREAMS], tails[STREAMS];
         for (int i = 0; i < STREAMS; i++) {
-            heads[i] = shard->codes + (first + i * share + step) * head;
-            rest[i] = shard->tail + (first + i * share + step) * tail;
+            heads[i] = head_of(self->job, shard, first + i * share + step);
+            tails[i] = tail_of(self->job, shard, first + i * share + step);
         }
-        self->does.streams(heads, one->head[0], job->head, dots);
-        if (tail) self->does.streams(rest, one->tail[0], job->words - job->head, tails);
+        self->does.streams(heads, tails, one->codes[0], dots);
         heed_others(self, 0);
         for (int i = 0; i < STREAMS; i++)
-            note_bounds(self, shard, first + i * share + step, 0, dots[i], tail ? tails[i] : 0);
+            note_bounds(self, shard, first + i * share + step, 0, dots[i], 0);
     }
     return first + STREAMS * share;
 }
@@ -453,14 +449,14 @@ static void note_head(worker *self, const tt_shard *shard, int64_t panel, int64_
 /* The same for the panels of a group, from several places at once; returns of how many. */
 static int64_t stream_heads(worker *self, const group *now, const int32_t *query,
                             int32_t (*dots)[PANEL], float *peaks) {
-    const tt_job *job = self->job;
-    const int64_t bytes = head_bytes(job), share = (now->last - now->first) / STREAMS;
+    const int64_t share = (now->last - now->first) / STREAMS;
+    const tt_panel none[STREAMS] = {{0}};
     int32_t made[STREAMS][PANEL] __attribute__((aligned(64)));
     for (int64_t step = 0; step < share; step++) {
-        const uint8_t *heads[STREAMS];
+        tt_panel heads[STREAMS];
         for (int i = 0; i < STREAMS; i++)
-            heads[i] = now->shard->codes + (now->first + i * share + step) * bytes;
-        self->does.streams(heads, query, job->head, made);
+            heads[i] = head_of(self->job, now->shard, now->first + i * share + step);
+        self->does.streams(heads, none, query, made);
         for (int i = 0; i < STREAMS; i++) {
             const int64_t panel = i * share + step;
             memcpy(dots[panel], made[i], sizeof made[i]);
@@ -473,22 +469,23 @@ static int64_t stream_heads(worker *self, const group *now, const int32_t *query
 static void *scan_heads(void *argument) {
     worker *self = argument;
     const tt_job *job = self->job;
-    const int64_t bytes = head_bytes(job), count = job->num_queries;
+    const int64_t count = job->num_queries;
     const tile queries = make_tile(self, 0, 1);
+    const tt_panel none = {0};
     for (group now; (now = take_group(self)).shard;) {
         const int64_t panels = now.last - now.first;
         int32_t(*dots)[PANEL] = (int32_t(*)[PANEL])self->plan->dots + now.place * count;
         float *peaks = self->plan->peaks + now.place * count;
         int64_t i = 0;
-        if (self->does.streams && count == 1) i = stream_heads(self, &now, queries.head[0], dots, peaks);
+        if (self->does.streams && count == 1)
+            i = stream_heads(self, &now, queries.codes[0], dots, peaks);
         for (; i < panels; i++) {
-            const int64_t panel = now.first + i;
-            const tt_ahead ahead = {now.shard->codes + (panel + 1) * bytes, 0,
-                                    panel + 1 < now.shard->panels ? 4 : 0};
-            multiply(self, now.shard->codes, bytes, panel, ahead, queries.head, queries.width,
-                     dots + i * count);
+            tt_panel head = head_of(job, now.shard, now.first + i);
+            head.next = head.codes + head_bytes(job);
+            head.lines = now.first + i + 1 < now.shard->panels ? 4 : 0;
+            self->does.dots[queries.width](&head, &none, queries.codes, dots + i * count);
             for (int query = 0; query < queries.width; query++)
-                note_head(self, now.shard, panel, query, dots[i * count + query],
+                note_head(self, now.shard, now.first + i, query, dots[i * count + query],
                           peaks + i * count + query);
         }
     }
@@ -538,15 +535,15 @@ typedef struct {
 } batch;
 
 static void open_tails(worker *self, const tt_shard *shard, const int32_t *query, batch *some) {
-    const tt_job *job = self->job;
-    const uint8_t *rest[STREAMS];
+    tt_panel rest[STREAMS];
+    const tt_panel none[STREAMS] = {{0}};
     int32_t tails[STREAMS][PANEL] __attribute__((aligned(64)));
-    for (int i = 0; i < some->count; i++) rest[i] = shard->tail + some->panel[i] * tail_bytes(job);
+    for (int i = 0; i < some->count; i++) rest[i] = tail_of(self->job, shard, some->panel[i]);
     if (some->count == STREAMS)
-        self->does.streams(rest, query, job->words - job->head, tails);
+        self->does.streams(rest, none, query, tails);
     else
         for (int i = 0; i < some->count; i++)
-            self->does.dots[1](rest[i], (tt_ahead){0}, &query, job->words - job->head, tails + i);
+            self->does.dots[1](rest + i, none, &query, tails + i);
     heed_others(self, 0);
     self->opened += some->count;
     for (int i = 0; i < some->count; i++)
@@ -572,18 +569,18 @@ static void open_streams(worker *self, const group *now, const int32_t *query) {
 /* The tail of a panel for those queries that need it. */
 static void open_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
                        int32_t (*dots)[PANEL], const float *peaks) {
-    const int64_t bytes = tail_bytes(self->job);
+    const tt_panel tail = tail_of(self->job, shard, panel), none = {0};
     int32_t tails[TILE][PANEL] __attribute__((aligned(64)));
     const int32_t *codes[TILE];
     int open[TILE], count = 0;
     for (int query = 0; query < queries->width; query++)
         if (peaks[query] >= self->states[query].asked.threshold) {
-            codes[count] = queries->tail[query];
+            codes[count] = queries->codes[query] + self->job->head;
             open[count++] = query;
         }
     if (!count) return;
     self->opened += count;
-    multiply(self, shard->tail, bytes, panel, (tt_ahead){0}, codes, count, tails);
+    self->does.dots[count](&tail, &none, codes, tails);
     for (int i = 0; i < count; i++)
         note_bounds(self, shard, panel, open[i], dots[open[i]], tails[i]);
 }
@@ -596,7 +593,7 @@ static void *open_panels(void *argument) {
         int32_t(*dots)[PANEL] = (int32_t(*)[PANEL])self->plan->dots + now.place * count;
         const float *peaks = self->plan->peaks + now.place * count;
         if (self->does.streams && count == 1)
-            open_streams(self, &now, queries.tail[0]);
+            open_streams(self, &now, queries.codes[0] + self->job->head);
         else
             for (int64_t i = 0; i < now.last - now.first; i++)
                 open_panel(self, now.shard, now.first + i, &queries, dots + i * count,
@@ -743,16 +740,16 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
     for (int64_t query = 0; query < job->num_queries; query++) {
         query_state *state = self->states + query;
         const int8_t *code = job->query_codes + query * job->words * 4;
-        for (int64_t i = 0; i < job->head * 4; i++) state->asked.correction += code[i];
-        for (int64_t i = job->head * 4; i < job->words * 4; i++) state->asked.tail_correction += code[i];
-        state->asked.correction *= self->does.flips ? 0 : 128;
-        state->asked.tail_correction *= self->does.flips ? 0 : 128;
+        int32_t head = 0, tail = 0;
+        for (int64_t i = 0; i < job->head * 4; i++) head += code[i];
+        for (int64_t i = job->head * 4; i < job->words * 4; i++) tail += code[i];
+        if (!self->does.flips) {
+            state->asked.head_correction = 128 * head;
+            state->asked.correction = 128 * (job->head < job->words ? 4 * head + tail : head);
+        }
         state->asked.scale = job->query_scale[query];
         state->asked.error = job->query_error[query];
-        if (job->head < job->words) {
-            state->asked.tail_scale = job->query_tail_scale[query];
-            state->asked.tail_norm = job->query_tail_norm[query];
-        }
+        state->asked.tail_norm = job->query_tail_norm[query];
         state->asked.threshold = -FLT_MAX;
         state->room = room;
         state->heap = malloc(sizeof(float) * (size_t)job->k);

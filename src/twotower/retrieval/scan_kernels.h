@@ -16,29 +16,33 @@
 enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
 
 typedef struct {
-    const uint8_t *codes, *tail; /* the tail and its columns are not read where there is none */
-    const float *scale, *error, *norm, *tail_scale, *tail_norm;
+    const uint8_t *codes, *tail; /* the tail and its norms are not read where there is none */
+    const float *scale, *error, *norm, *tail_norm;
     int64_t panels, first; /* position of the first row */
 } tt_shard;
 
 typedef struct { /* what bounds need to know of a query */
-    float threshold, scale, error, tail_scale, tail_norm;
-    int32_t correction, tail_correction; /* 128 * sum of the query's code */
+    float threshold, scale, error, tail_norm;
+    int32_t correction, head_correction; /* what the 128 in each code adds to products */
 } tt_asked;
 
-/* Of each 256 bytes from there so many cache lines are brought from memory: none, one, two or all. */
+/* Codes of 64 rows, so many words of four dimensions; `next` are codes that come later: of each 256
+ * bytes so many cache lines are brought from memory, none, one, two or all, from number `line` on. */
 typedef struct {
-    const uint8_t *from;
+    const uint8_t *codes, *next;
+    int64_t words;
     int line, lines;
-} tt_ahead;
+} tt_panel;
 
 typedef struct { /* bounds of a panel's rows for one query */
     float upper[PANEL], lower[PANEL];
 } bounds __attribute__((aligned(64)));
 
-typedef void (*dots_function)(const uint8_t *, tt_ahead, const int32_t *const *, int64_t,
+/* Products of a panel with queries; with a tail, four times those of the head and those of the tail. */
+typedef void (*dots_function)(const tt_panel *, const tt_panel *, const int32_t *const *,
                               int32_t (*)[PANEL]);
-typedef void (*streams_function)(const uint8_t *const *, const int32_t *, int64_t,
+/* The same for one query and STREAMS panels. */
+typedef void (*streams_function)(const tt_panel *, const tt_panel *, const int32_t *,
                                  int32_t (*)[PANEL]);
 typedef int (*bounds_function)(const int32_t *, const int32_t *, const tt_shard *, int64_t,
                                const tt_asked *, bounds *);
@@ -60,29 +64,37 @@ typedef struct {
 /* ---- integer dot products of a panel with a few queries ------------------------------------- */
 
 #define DOTS_OF(name, width) \
-    static void name##_##width(const uint8_t *panel, tt_ahead ahead, \
-                               const int32_t *const *queries, int64_t words, \
-                               int32_t (*out)[PANEL]) { \
-        name(panel, ahead, queries, words, width, out); \
+    static void name##_##width(const tt_panel *head, const tt_panel *tail, \
+                               const int32_t *const *queries, int32_t (*out)[PANEL]) { \
+        name(head, tail, queries, width, out); \
     }
 #define ALL_DOTS(name, attribute) \
     attribute DOTS_OF(name, 1) attribute DOTS_OF(name, 2) attribute DOTS_OF(name, 3) \
     attribute DOTS_OF(name, 4) attribute DOTS_OF(name, 5) attribute DOTS_OF(name, 6)
 #define TABLE_OF(name) {0, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 
-static inline __attribute__((always_inline)) void plain_dots(
-    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
-    (void)ahead;
-    memset(out, 0, sizeof(out[0]) * (size_t)width);
-    for (int64_t word = 0; word < words; word++)
+static inline __attribute__((always_inline)) void plain_words(
+    const tt_panel *panel, const int32_t *const *queries, int64_t first, const int width,
+    int32_t (*out)[PANEL]) {
+    for (int64_t word = 0; word < panel->words; word++)
         for (int query = 0; query < width; query++) {
-            const int8_t *code = (const int8_t *)(queries[query] + word);
+            const int8_t *code = (const int8_t *)(queries[query] + first + word);
             for (int row = 0; row < PANEL; row++) {
-                const uint8_t *p = panel + word * (4 * PANEL) + 4 * row;
+                const uint8_t *p = panel->codes + word * (4 * PANEL) + 4 * row;
                 out[query][row] += p[0] * code[0] + p[1] * code[1] + p[2] * code[2] + p[3] * code[3];
             }
         }
+}
+
+static inline __attribute__((always_inline)) void plain_dots(
+    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    int32_t (*out)[PANEL]) {
+    memset(out, 0, sizeof(out[0]) * (size_t)width);
+    plain_words(head, queries, 0, width, out);
+    if (!tail->words) return;
+    for (int query = 0; query < width; query++)
+        for (int row = 0; row < PANEL; row++) out[query][row] *= 4;
+    plain_words(tail, queries, head->words, width, out);
 }
 ALL_DOTS(plain_dots, )
 
@@ -95,29 +107,39 @@ ALL_DOTS(plain_dots, )
 #define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5)
 
 ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
-    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
+    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    const int prefetch, int32_t (*out)[PANEL]) {
     const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     for (int quarter = 0; quarter < 4; quarter++) {
         __m256i a0 = _mm256_setzero_si256(), b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0;
-        for (int64_t word = 0; word < words; word++) {
-            const int64_t at = word * (4 * PANEL) + quarter * 64;
-            const __m256i *p = (const __m256i *)(panel + at);
-            if (quarter >= ahead.line && quarter < ahead.line + ahead.lines)
-                _mm_prefetch((const char *)ahead.from + at, _MM_HINT_T1);
-            /* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
-            const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip);
-            const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip);
-            const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1);
+        int64_t first = 0;
 #define AVX2_STEP(q) \
     if (width > q) { \
-        const __m256i code = _mm256_set1_epi32(queries[q][word]); \
+        const __m256i code = _mm256_set1_epi32(queries[q][first + word]); \
         const __m256i c0 = _mm256_maddubs_epi16(m0, _mm256_sign_epi8(code, p0)); \
         const __m256i c1 = _mm256_maddubs_epi16(m1, _mm256_sign_epi8(code, p1)); \
         a##q = _mm256_add_epi32(a##q, _mm256_madd_epi16(c0, ones)); \
         b##q = _mm256_add_epi32(b##q, _mm256_madd_epi16(c1, ones)); \
     }
-            AVX2_STEP(0) AVX2_STEP(1) AVX2_STEP(2)
+/* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
+#define AVX2_WORDS(panel) { \
+    const int ahead = prefetch && quarter >= panel->line && quarter < panel->line + panel->lines; \
+    for (int64_t word = 0; word < panel->words; word++) { \
+        const int64_t at = word * (4 * PANEL) + quarter * 64; \
+        const __m256i *p = (const __m256i *)(panel->codes + at); \
+        if (ahead) _mm_prefetch((const char *)panel->next + at, _MM_HINT_T1); \
+        const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip); \
+        const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip); \
+        const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1); \
+        AVX2_STEP(0) AVX2_STEP(1) AVX2_STEP(2) \
+    } \
+}
+        AVX2_WORDS(head)
+        if (tail->words) {
+#define AVX2_SHIFT(q) a##q = _mm256_slli_epi32(a##q, 2), b##q = _mm256_slli_epi32(b##q, 2);
+            AVX2_SHIFT(0) AVX2_SHIFT(1) AVX2_SHIFT(2)
+            first = head->words;
+            AVX2_WORDS(tail)
         }
 #define AVX2_STORE(q) \
     if (width > q) { \
@@ -129,41 +151,52 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
 }
 
 ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
-    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
-    avx2_few(panel, ahead, queries, words, width < 3 ? width : 3, out); /* what 16 registers hold */
-    if (width > 3) avx2_few(panel, (tt_ahead){0}, queries + 3, words, width - 3, out + 3);
+    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    int32_t (*out)[PANEL]) {
+    avx2_few(head, tail, queries, width < 3 ? width : 3, 1, out); /* what 16 registers hold */
+    if (width > 3) avx2_few(head, tail, queries + 3, width - 3, 0, out + 3);
 }
 ALL_DOTS(avx2_dots, ON_AVX2)
 
 ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
-    const uint8_t *panel, tt_ahead ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
+    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    int32_t (*out)[PANEL]) {
     const __m512i zero = _mm512_setzero_si512();
+    int64_t first = 0;
 #define VNNI_SUMS(q) __m512i a##q = zero, b##q = zero, c##q = zero, d##q = zero;
     EACH(VNNI_SUMS)
-    for (int64_t word = 0; word < words; word++) {
-        const uint8_t *p = panel + word * (4 * PANEL);
-        const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
-        const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
-        if (ahead.lines) {
-            const char *next = (const char *)ahead.from + word * (4 * PANEL) + ahead.line * 64;
-            _mm_prefetch(next, _MM_HINT_T1);
-            if (ahead.lines > 1) _mm_prefetch(next + 64, _MM_HINT_T1);
-            if (ahead.lines > 2) {
-                _mm_prefetch(next + 128, _MM_HINT_T1);
-                _mm_prefetch(next + 192, _MM_HINT_T1);
-            }
-        }
 #define VNNI_STEP(q) \
     if (width > q) { \
-        const __m512i code = _mm512_set1_epi32(queries[q][word]); \
+        const __m512i code = _mm512_set1_epi32(queries[q][first + word]); \
         a##q = _mm512_dpbusd_epi32(a##q, p0, code); \
         b##q = _mm512_dpbusd_epi32(b##q, p1, code); \
         c##q = _mm512_dpbusd_epi32(c##q, p2, code); \
         d##q = _mm512_dpbusd_epi32(d##q, p3, code); \
     }
-        EACH(VNNI_STEP)
+#define VNNI_WORDS(panel) \
+    for (int64_t word = 0; word < panel->words; word++) { \
+        const uint8_t *p = panel->codes + word * (4 * PANEL); \
+        const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64); \
+        const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192); \
+        if (panel->lines) { \
+            const char *next = (const char *)panel->next + word * (4 * PANEL) + panel->line * 64; \
+            _mm_prefetch(next, _MM_HINT_T1); \
+            if (panel->lines > 1) _mm_prefetch(next + 64, _MM_HINT_T1); \
+            if (panel->lines > 2) { \
+                _mm_prefetch(next + 128, _MM_HINT_T1); \
+                _mm_prefetch(next + 192, _MM_HINT_T1); \
+            } \
+        } \
+        EACH(VNNI_STEP) \
+    }
+    VNNI_WORDS(head)
+    if (tail->words) {
+#define VNNI_SHIFT(q) \
+    a##q = _mm512_slli_epi32(a##q, 2), b##q = _mm512_slli_epi32(b##q, 2); \
+    c##q = _mm512_slli_epi32(c##q, 2), d##q = _mm512_slli_epi32(d##q, 2);
+        EACH(VNNI_SHIFT)
+        first = head->words;
+        VNNI_WORDS(tail)
     }
 #define VNNI_STORE(q) \
     if (width > q) { \
@@ -176,23 +209,30 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
 }
 ALL_DOTS(vnni_dots, ON_VNNI)
 
-/* One query, and a panel from each of four places. */
-ON_VNNI static void vnni_streams(const uint8_t *const *panels, const int32_t *query, int64_t words,
+ON_VNNI static void vnni_streams(const tt_panel *heads, const tt_panel *tails, const int32_t *query,
                                  int32_t (*out)[PANEL]) {
     const __m512i zero = _mm512_setzero_si512();
-    const uint8_t *from0 = panels[0], *from1 = panels[1], *from2 = panels[2], *from3 = panels[3];
+    const int width = STREAMS;
     VNNI_SUMS(0) VNNI_SUMS(1) VNNI_SUMS(2) VNNI_SUMS(3)
-    for (int64_t word = 0; word < words; word++) {
-        const __m512i code = _mm512_set1_epi32(query[word]);
-        const int64_t at = word * (4 * PANEL);
 #define VNNI_STREAM(q) \
     a##q = _mm512_dpbusd_epi32(a##q, _mm512_loadu_si512(from##q + at), code); \
     b##q = _mm512_dpbusd_epi32(b##q, _mm512_loadu_si512(from##q + at + 64), code); \
     c##q = _mm512_dpbusd_epi32(c##q, _mm512_loadu_si512(from##q + at + 128), code); \
     d##q = _mm512_dpbusd_epi32(d##q, _mm512_loadu_si512(from##q + at + 192), code);
-        VNNI_STREAM(0) VNNI_STREAM(1) VNNI_STREAM(2) VNNI_STREAM(3)
+#define VNNI_STREAMS(panels, query) { \
+    const uint8_t *from0 = panels[0].codes, *from1 = panels[1].codes; \
+    const uint8_t *from2 = panels[2].codes, *from3 = panels[3].codes; \
+    for (int64_t word = 0; word < panels->words; word++) { \
+        const __m512i code = _mm512_set1_epi32((query)[word]); \
+        const int64_t at = word * (4 * PANEL); \
+        VNNI_STREAM(0) VNNI_STREAM(1) VNNI_STREAM(2) VNNI_STREAM(3) \
+    } \
+}
+    VNNI_STREAMS(heads, query)
+    if (tails->words) {
+        VNNI_SHIFT(0) VNNI_SHIFT(1) VNNI_SHIFT(2) VNNI_SHIFT(3)
+        VNNI_STREAMS(tails, query + heads->words)
     }
-    const int width = STREAMS;
     VNNI_STORE(0) VNNI_STORE(1) VNNI_STORE(2) VNNI_STORE(3)
 }
 #endif
@@ -208,27 +248,38 @@ ON_VNNI static void vnni_streams(const uint8_t *const *panels, const int32_t *qu
 #define ON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 
-ON_DOT static inline void neon_dots(const uint8_t *panel, tt_ahead ahead,
-                                    const int32_t *const *queries, int64_t words, const int width,
-                                    int32_t (*out)[PANEL]) {
+ON_DOT static inline void neon_words(const tt_panel *panel, const int32_t *const *queries,
+                                     int64_t first, int quarter, const int width,
+                                     int32x4_t (*sums)[4]) {
     const uint8x16_t flip = vdupq_n_u8(0x80);
+    const int ahead = quarter >= panel->line && quarter < panel->line + panel->lines;
+    for (int64_t word = 0; word < panel->words; word++) {
+        const int64_t at = word * (4 * PANEL) + quarter * 64;
+        const uint8_t *p = panel->codes + at;
+        if (ahead) __builtin_prefetch(panel->next + at, 0, 2);
+        int8x16_t rows[4];
+        for (int part = 0; part < 4; part++)
+            rows[part] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * part), flip));
+        for (int query = 0; query < width; query++) {
+            const int8x16_t code = vreinterpretq_s8_s32(vdupq_n_s32(queries[query][first + word]));
+            for (int part = 0; part < 4; part++)
+                sums[query][part] = vdotq_s32(sums[query][part], rows[part], code);
+        }
+    }
+}
+
+ON_DOT static inline void neon_dots(const tt_panel *head, const tt_panel *tail,
+                                    const int32_t *const *queries, const int width,
+                                    int32_t (*out)[PANEL]) {
     for (int quarter = 0; quarter < 4; quarter++) {
         int32x4_t sums[TILE][4];
         for (int query = 0; query < width; query++)
             for (int part = 0; part < 4; part++) sums[query][part] = vdupq_n_s32(0);
-        for (int64_t word = 0; word < words; word++) {
-            const uint8_t *p = panel + word * (4 * PANEL) + quarter * 64;
-            if (quarter >= ahead.line && quarter < ahead.line + ahead.lines)
-                __builtin_prefetch(ahead.from + word * (4 * PANEL) + quarter * 64, 0, 2);
-            int8x16_t rows[4];
+        neon_words(head, queries, 0, quarter, width, sums);
+        for (int query = 0; query < width && tail->words; query++)
             for (int part = 0; part < 4; part++)
-                rows[part] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * part), flip));
-            for (int query = 0; query < width; query++) {
-                const int8x16_t code = vreinterpretq_s8_s32(vdupq_n_s32(queries[query][word]));
-                for (int part = 0; part < 4; part++)
-                    sums[query][part] = vdotq_s32(sums[query][part], rows[part], code);
-            }
-        }
+                sums[query][part] = vshlq_n_s32(sums[query][part], 2);
+        neon_words(tail, queries, head->words, quarter, width, sums);
         for (int query = 0; query < width; query++)
             for (int part = 0; part < 4; part++)
                 vst1q_s32(out[query] + quarter * 16 + part * 4, sums[query][part]);
@@ -246,11 +297,8 @@ static inline __attribute__((always_inline)) int bounds_of(
     const int64_t at = panel * PANEL;
     int count = 0;
     for (int row = 0; row < PANEL; row++) {
-        float middle =
-            ((float)(dots[row] - query->correction) * query->scale) * shard->scale[at + row];
-        if (tail)
-            middle += ((float)(tail[row] - query->tail_correction) * query->tail_scale) *
-                      shard->tail_scale[at + row];
+        const int32_t dot = (tail ? 4 * dots[row] + tail[row] : dots[row]) - query->correction;
+        const float middle = ((float)dot * query->scale) * shard->scale[at + row];
         const float width = query->error * shard->norm[at + row] + shard->error[at + row];
         out->upper[row] = middle + width;
         out->lower[row] = middle - width;
@@ -267,8 +315,8 @@ static inline __attribute__((always_inline)) float heads_of(
     const int64_t at = panel * PANEL;
     float best = -INFINITY, look = -INFINITY;
     for (int row = 0; row < PANEL; row++) {
-        const float middle =
-            ((float)(dots[row] - query->correction) * query->scale) * shard->scale[at + row];
+        const int32_t dot = 4 * (dots[row] - query->head_correction);
+        const float middle = ((float)dot * query->scale) * shard->scale[at + row];
         const float width = query->error * shard->norm[at + row] + shard->error[at + row];
         const float upper = middle + (width + query->tail_norm * shard->tail_norm[at + row]);
         looks[row] = shard->error[at + row] < 0 ? -INFINITY : middle;
@@ -407,25 +455,22 @@ ON_AVX2 static double avx2_product(const double *query, const void *row, int64_t
 }
 
 /* Products of 16 rows with a query, as scores. */
-#define VNNI_SCORES(dots, correction, scale, scales) \
-    _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(dots), \
-                                                                    _mm512_set1_epi32(correction))), \
-                                _mm512_set1_ps(scale)), \
+#define VNNI_SCORES(dots, query, scales) \
+    _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), _mm512_set1_ps(query->scale)), \
                   _mm512_loadu_ps(scales))
 
 ON_VNNI static int vnni_bounds(ARGUMENTS) {
     const int64_t at = panel * PANEL;
     const __m512 least = _mm512_set1_ps(query->threshold), errors = _mm512_set1_ps(query->error);
+    const __m512i minus = _mm512_set1_epi32(query->correction);
     __m512 middle[4], width[4];
     int count = 0;
     for (int part = 0; part < 4; part++) {
         const int64_t here = at + part * 16;
-        middle[part] = VNNI_SCORES(dots + part * 16, query->correction, query->scale,
-                                   shard->scale + here);
+        __m512i dot = _mm512_loadu_si512(dots + part * 16);
         if (tail)
-            middle[part] = _mm512_add_ps(
-                middle[part], VNNI_SCORES(tail + part * 16, query->tail_correction,
-                                          query->tail_scale, shard->tail_scale + here));
+            dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 2), _mm512_loadu_si512(tail + part * 16));
+        middle[part] = VNNI_SCORES(_mm512_sub_epi32(dot, minus), query, shard->scale + here);
         width[part] = _mm512_fmadd_ps(errors, _mm512_loadu_ps(shard->norm + here),
                                       _mm512_loadu_ps(shard->error + here));
         count += __builtin_popcount(_mm512_cmp_ps_mask(
@@ -442,14 +487,15 @@ ON_VNNI static int vnni_bounds(ARGUMENTS) {
 ON_VNNI static float vnni_heads(HEAD_ARGUMENTS) {
     const int64_t at = panel * PANEL;
     const __m512 errors = _mm512_set1_ps(query->error), rest = _mm512_set1_ps(query->tail_norm);
+    const __m512i minus = _mm512_set1_epi32(query->head_correction);
     __m512 best = _mm512_set1_ps(-INFINITY), look = best;
     for (int part = 0; part < 4; part++) {
         const int64_t here = at + part * 16;
         const __m512 own = _mm512_loadu_ps(shard->error + here);
         const __m512 error = _mm512_fmadd_ps(errors, _mm512_loadu_ps(shard->norm + here), own);
         const __m512 width = _mm512_fmadd_ps(rest, _mm512_loadu_ps(shard->tail_norm + here), error);
-        const __m512 middle =
-            VNNI_SCORES(dots + part * 16, query->correction, query->scale, shard->scale + here);
+        const __m512i dot = _mm512_sub_epi32(_mm512_loadu_si512(dots + part * 16), minus);
+        const __m512 middle = VNNI_SCORES(_mm512_slli_epi32(dot, 2), query, shard->scale + here);
         const __m512 alive = _mm512_add_ps(middle, _mm512_min_ps(own, _mm512_setzero_ps()));
         _mm512_storeu_ps(looks + part * 16, alive);
         look = _mm512_max_ps(look, alive);
