@@ -363,7 +363,7 @@ def test_queries_are_rotated_as_rows_are(dims: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     blocks = [rng.standard_normal((dim, dim)).astype(np.float32) for dim in dims]
     frame = Frame.of_parts(np.zeros(sum(dims), np.float32), rng.permutation(sum(dims)), blocks, 1)
-    for count in (1, 4, 6):
+    for count in (1, 4, 6, 70):
         queries = rng.standard_normal((count, sum(dims)))
         for how in (rotate, torch_scan.rotate):
             np.testing.assert_allclose(how(queries, frame), frame.rotate(queries), atol=1e-12)

@@ -101,7 +101,7 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def turn(vectors: Float64Array, columns: Sequence[FloatArray]) -> Float64Array:
+def turn(vectors: Float64Array, columns: Sequence[FloatArray], threads: int) -> Float64Array:
     """Vectors (n, dim) times the matrices that stand along a diagonal, given by their columns.
 
     What `numpy.matmul` does; but BLAS keeps its threads spinning after a product, and a scan of a
@@ -117,7 +117,8 @@ def turn(vectors: Float64Array, columns: Sequence[FloatArray]) -> Float64Array:
         where = (ctypes.c_void_p(array.ctypes.data + 8 * start) for array in (padded, out))
         source, target = where
         sizes = (ctypes.c_int64(size) for size in (len(padded), len(block), dim))
-        loaded.tt_turn(source, ctypes.c_void_p(_pointer(block)), *sizes, target)
+        turned = ctypes.c_void_p(_pointer(block))
+        loaded.tt_turn(source, turned, *sizes, target, ctypes.c_int64(threads))
         start += len(block)
     return out[: len(vectors)]
 

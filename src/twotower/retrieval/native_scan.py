@@ -53,7 +53,7 @@ class HeadExperience:
 
 def rotate(unit: Float64Array, frame: Frame) -> Float64Array:
     """What `Frame.rotate` does."""
-    return native.turn(unit[:, frame.order], frame.columns)
+    return native.turn(unit[:, frame.order], frame.columns, torch.get_num_threads())
 
 
 class NativeScan(CodedScan):

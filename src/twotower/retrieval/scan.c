@@ -31,6 +31,7 @@
 #define MAX_THREADS 256
 #define GROUP_BYTES (256 * 1024) /* panels that stay in L2 while all queries pass over them */
 #define STREAM_BYTES (8 * 1024 * 1024)
+#define TURN_VECTORS 32 /* a thread rotates so many, at least */
 #define SEEDS(k) (4 * (k) + 24) /* rows that look best, of which the k best make a threshold */
 
 typedef struct {
@@ -776,14 +777,46 @@ int tt_level(void) { return best_level(); }
 
 const char *tt_level_name(int level) { return level_name(level); }
 
+typedef struct {
+    const double *vectors;
+    const float *columns;
+    int64_t count, dim, stride;
+    double *out;
+    turn_function turn;
+} turn_share;
+
+static void *turn_all(void *argument) {
+    const turn_share *share = argument;
+    for (int64_t i = 0; i < share->count; i += TURNED)
+        share->turn(share->vectors + i * share->stride, share->stride, share->columns, share->dim,
+                    share->out + i * share->stride);
+    return 0;
+}
+
 /* out (count, stride) = vectors (count, stride) times a matrix (dim, dim) whose columns lie together;
- * of both the first `dim` of `stride` numbers. `count` is a multiple of four. In one thread and without
- * BLAS, whose threads would go on waiting for work, and take time from the search, for a while. */
+ * of both the first `dim` of `stride` numbers. `count` is a multiple of four. Without BLAS, whose
+ * threads would go on waiting for work for a while, and take time from the search. */
 void tt_turn(const double *vectors, const float *columns, int64_t count, int64_t dim,
-             int64_t stride, double *out) {
+             int64_t stride, double *out, int64_t threads) {
     const kernels chosen = choose_kernels(best_level());
-    for (int64_t i = 0; i < count; i += TURNED)
-        chosen.turn(vectors + i * stride, stride, columns, dim, out + i * stride);
+    pthread_t handles[MAX_THREADS];
+    turn_share shares[MAX_THREADS];
+    int started[MAX_THREADS] = {0};
+    int64_t even = (count + TURN_VECTORS - 1) / TURN_VECTORS; /* shares worth a thread */
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads < even) even = threads;
+    if (even < 1) even = 1;
+    for (int64_t i = 0; i < even; i++) {
+        const int64_t from = i * (count / TURNED) / even * TURNED;
+        const int64_t to = (i + 1) * (count / TURNED) / even * TURNED;
+        shares[i] = (turn_share){vectors + from * stride, columns, to - from, dim, stride,
+                                 out + from * stride, chosen.turn};
+        if (i) started[i] = pthread_create(&handles[i], 0, turn_all, shares + i) == 0;
+    }
+    for (int64_t i = 0; i < even; i++)
+        if (!started[i]) turn_all(shares + i);
+    for (int64_t i = 0; i < even; i++)
+        if (started[i]) pthread_join(handles[i], 0);
 }
 
 /* Fill `position` and `score` of the job; 0, or -1 where memory was short. */

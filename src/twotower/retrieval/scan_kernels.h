@@ -167,36 +167,37 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
     EACH(VNNI_SUMS)
 #define VNNI_STEP(q) \
     if (width > q) { \
-        const __m512i code = _mm512_set1_epi32(queries[q][first + word]); \
+        const __m512i code = _mm512_set1_epi32(queries[q][word]); \
         a##q = _mm512_dpbusd_epi32(a##q, p0, code); \
         b##q = _mm512_dpbusd_epi32(b##q, p1, code); \
         c##q = _mm512_dpbusd_epi32(c##q, p2, code); \
         d##q = _mm512_dpbusd_epi32(d##q, p3, code); \
     }
-#define VNNI_WORDS(panel) \
-    for (int64_t word = 0; word < panel->words; word++) { \
-        const uint8_t *p = panel->codes + word * (4 * PANEL); \
-        const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64); \
-        const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192); \
-        if (panel->lines) { \
-            const char *next = (const char *)panel->next + word * (4 * PANEL) + panel->line * 64; \
-            _mm_prefetch(next, _MM_HINT_T1); \
-            if (panel->lines > 1) _mm_prefetch(next + 64, _MM_HINT_T1); \
-            if (panel->lines > 2) { \
-                _mm_prefetch(next + 128, _MM_HINT_T1); \
-                _mm_prefetch(next + 192, _MM_HINT_T1); \
-            } \
-        } \
-        EACH(VNNI_STEP) \
-    }
-    VNNI_WORDS(head)
-    if (tail->words) {
 #define VNNI_SHIFT(q) \
     a##q = _mm512_slli_epi32(a##q, 2), b##q = _mm512_slli_epi32(b##q, 2); \
     c##q = _mm512_slli_epi32(c##q, 2), d##q = _mm512_slli_epi32(d##q, 2);
+    /* One loop for both: with two of them compilers keep the sums in memory. */
+    for (const tt_panel *panel = head;; panel = tail) {
+        const uint8_t *p = panel->codes;
+        const char *next = (const char *)panel->next + panel->line * 64;
+        const int64_t end = first + panel->words;
+        const int lines = panel->lines;
+        for (int64_t word = first; word < end; word++, p += 4 * PANEL, next += 4 * PANEL) {
+            const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
+            const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
+            if (lines) {
+                _mm_prefetch(next, _MM_HINT_T1);
+                if (lines > 1) _mm_prefetch(next + 64, _MM_HINT_T1);
+                if (lines > 2) {
+                    _mm_prefetch(next + 128, _MM_HINT_T1);
+                    _mm_prefetch(next + 192, _MM_HINT_T1);
+                }
+            }
+            EACH(VNNI_STEP)
+        }
+        if (panel == tail || !tail->words) break;
         EACH(VNNI_SHIFT)
         first = head->words;
-        VNNI_WORDS(tail)
     }
 #define VNNI_STORE(q) \
     if (width > q) { \
