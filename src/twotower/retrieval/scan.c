@@ -31,6 +31,7 @@
 #define MAX_THREADS 256
 #define GROUP_BYTES (256 * 1024) /* panels that stay in L2 while all queries pass over them */
 #define STREAM_BYTES (8 * 1024 * 1024)
+#define BROUGHT 1024 /* bytes of a row that are asked for before it is its turn */
 #define TURN_VECTORS 32 /* a thread rotates so many, at least */
 #define SEEDS(k) (4 * (k) + 24) /* rows that look best, of which the k best make a threshold */
 
@@ -224,10 +225,41 @@ static void raise_to_score(worker *self, int64_t query, double unit) {
     raise_threshold(self, query, nextafterf(nextafterf(least, -FLT_MAX), -FLT_MAX));
 }
 
-static int by_upper(const void *one, const void *other) {
-    const candidate *a = one, *b = other;
-    if (a->upper != b->upper) return a->upper < b->upper ? 1 : -1;
-    return (a->position > b->position) - (a->position < b->position);
+static int before(candidate one, candidate other) {
+    return one.upper != other.upper ? one.upper > other.upper : one.position < other.position;
+}
+
+/* Let a candidate sink to its place in a heap, the best first. */
+static void sink(candidate *heap, int64_t place, int64_t size, candidate entry) {
+    for (;;) {
+        int64_t child = 2 * place + 1;
+        if (child >= size) break;
+        if (child + 1 < size && before(heap[child + 1], heap[child])) child++;
+        if (!before(heap[child], entry)) break;
+        heap[place] = heap[child];
+        place = child;
+    }
+    heap[place] = entry;
+}
+
+static void make_heap(candidate *found, int64_t count) {
+    for (int64_t place = count / 2 - 1; place >= 0; place--) sink(found, place, count, found[place]);
+}
+
+/* The best of a heap, which is smaller by it then. */
+static candidate take_best(candidate *heap, int64_t *count) {
+    const candidate best = heap[0];
+    --*count;
+    if (*count) sink(heap, 0, *count, heap[*count]);
+    return best;
+}
+
+/* Begin to read a row that is scored soon; the processor reads on by itself. */
+static void bring_row(const tt_job *job, int64_t position) {
+    int64_t half;
+    const char *row = row_at(job, position, &half);
+    const int64_t bytes = job->dim * (half ? 2 : 4);
+    for (int64_t at = 0; at < bytes && at < BROUGHT; at += 64) __builtin_prefetch(row + at);
 }
 
 /* Score candidates by descending bound until none can be among the best k. */
@@ -235,10 +267,12 @@ static void rerank(worker *self, int64_t query, candidate *found, int64_t count,
                    int64_t *num_best) {
     const tt_job *job = self->job;
     const double centre = job->query_centre[query];
-    qsort(found, (size_t)count, sizeof *found, by_upper);
-    for (int64_t i = 0; i < count; i++) {
-        if (*num_best == job->k && centre + found[i].upper < best[0].unit) break;
-        keep_exact(best, num_best, job->k, score_of(self, query, found[i].position));
+    make_heap(found, count);
+    while (count) {
+        const candidate next = take_best(found, &count);
+        if (count) bring_row(job, found[0].position);
+        if (*num_best == job->k && centre + next.upper < best[0].unit) break;
+        keep_exact(best, num_best, job->k, score_of(self, query, next.position));
     }
 }
 
@@ -508,9 +542,10 @@ static int seed_query(worker *self, int64_t query) {
             for (int64_t j = 0; j < state->num_seeds; j++) seeds[count++] = state->seeds[j];
             state->num_seeds = 0;
         }
-        qsort(seeds, (size_t)count, sizeof *seeds, by_upper);
-        for (int64_t i = 0; i < count && i < SEEDS(job->k); i++)
-            keep_exact(best, &kept, job->k, score_of(self, query, seeds[i].position));
+        make_heap(seeds, count);
+        for (int64_t i = 0; count && i < SEEDS(job->k); i++)
+            keep_exact(best, &kept, job->k,
+                       score_of(self, query, take_best(seeds, &count).position));
         if (kept == job->k) raise_to_score(self, query, best[0].unit);
     }
     const int done = seeds && best;
