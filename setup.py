@@ -11,6 +11,7 @@ setup(
         Extension(
             "twotower.retrieval._scan",
             ["src/twotower/retrieval/scan.c"],
+            depends=["src/twotower/retrieval/scan_kernels.h"],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             libraries=["m"],

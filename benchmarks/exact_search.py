@@ -4,10 +4,12 @@
     python benchmarks/exact_search.py --rows 100000 --tier torch
     python benchmarks/exact_search.py --queries 1 16 --cross            # queries of another cone
 
-The contenders take turns within a round, each with as many threads; ratios are of medians. Tuned is
-the best of one thread, and of FAISS's matrix product at any number of queries. Rows of both sides
-lie on huge pages: FAISS searches ours where its own copy would not (`knn` takes any array). The
-machine's read bandwidth and int8 rate are measured in the same rounds; shares are of their medians.
+The contenders take turns within a round, each with as many threads; ratios are of medians. Between
+two there is a pause, as the one's threads would be waiting for work while the other is timed. Tuned
+is the best of one thread, and of FAISS's matrix product at any number of queries. Rows of both
+sides lie on huge pages: FAISS searches ours where its own copy would not (`knn` takes any array).
+The machine's read bandwidth and int8 rate are measured in the same rounds; shares are of their
+medians, and a read share above 1 means that not all codes were read.
 Needs a C compiler for these two. Answers are compared with FAISS's, up to ties.
 """
 
@@ -36,6 +38,9 @@ from twotower.retrieval.tiers import Tier, choose_tier, describe
 
 CLUSTER = 50  # rows of one cluster, on average
 CHUNK = 65_536
+PAUSE = (
+    0.1  # seconds: threads of BLAS and OpenMP wait for more work, and take time from whom is next
+)
 HEADINGS = "Q k ours_ms default_ms tuned_ms x_default x_tuned read_share int8_share"
 
 
@@ -182,6 +187,7 @@ def compare(
     rounds = min(options.rounds, 3) if len(queries) >= 4096 else options.rounds
     for _ in range(rounds):
         for side in sides:
+            time.sleep(PAUSE)
             start = clock()
             side.search()
             seconds[side.name].append(clock() - start)

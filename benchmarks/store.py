@@ -24,8 +24,21 @@ import pyarrow as pa
 SECONDS, MEGABYTES = 0.5, 100.0
 
 
-def make(folder: Path, rows: int, dim: int, first: int) -> None:
-    """Write a finished store of random unit vectors, a shard after the other."""
+def unit_noise(random: np.random.Generator, count: int, dim: int) -> np.ndarray:
+    """Unit vectors (count, dim) fp32 of any direction."""
+    vectors = random.standard_normal((count, dim), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def make(
+    folder: Path,
+    rows: int,
+    dim: int,
+    first: int,
+    dtype: str = "fp16",
+    draw: Callable[[np.random.Generator, int, int], np.ndarray] = unit_noise,
+) -> None:
+    """Write a finished store of drawn vectors, a shard after the other."""
     from twotower.embedding.layout import STATE_SCHEMA, Manifest
     from twotower.embedding.writer import ShardRows, StoreWriter
 
@@ -33,6 +46,7 @@ def make(folder: Path, rows: int, dim: int, first: int) -> None:
     plan = Manifest(
         source_rows=rows,
         dim=dim,
+        dtype=dtype,
         texts=False,
         shard_rows=65536,
         source=folder.name,
@@ -43,8 +57,7 @@ def make(folder: Path, rows: int, dim: int, first: int) -> None:
     random = np.random.default_rng(first)
     for shard in writer.missing():
         ids = np.array(writer.plan.shard_range(shard))
-        vectors = random.standard_normal((len(ids), dim), np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = draw(random, len(ids), dim).astype(writer.plan.numpy_dtype)
         names = [f"/pictures/{first + n:09d}.jpg" for n in ids]
         metadata = pa.table(
             {
@@ -59,8 +72,7 @@ def make(folder: Path, rows: int, dim: int, first: int) -> None:
             [pa.array(names, pa.large_string()), ids, ones, ones, ones, empty, empty, empty],
             schema=STATE_SCHEMA,
         )
-        half = vectors.astype(np.float16)
-        writer.commit(shard, ShardRows(half, None, metadata, states, errors=[]))
+        writer.commit(shard, ShardRows(vectors, None, metadata, states, errors=[]))
     writer.finish()
 
 
@@ -86,7 +98,7 @@ def open_and_map(folder: Path, *_: Path) -> None:
 
 def merge(folder: Path, other: Path, output: Path) -> None:
     """Join the two stores."""
-    from twotower.embedding.rewrite import merge_stores
+    from twotower.embedding.merge import merge_stores
 
     merge_stores([folder, other], output)
 
@@ -102,7 +114,7 @@ def verify(folder: Path, *_: Path) -> None:
 def measure(step: Callable[..., None], folders: list[Path], out: Path) -> None:
     """Run a step in this process; write its seconds and the memory beyond the imports."""
     import twotower.embedding.legacy
-    import twotower.embedding.rewrite
+    import twotower.embedding.merge
     import twotower.embedding.verify  # noqa: F401
 
     before = forget_peak()

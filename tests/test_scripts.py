@@ -49,7 +49,8 @@ def root(tmp_path: Path) -> Path:
     for folder in ("scripts", ".ci"):
         shutil.copytree(ROOT / folder, root / folder)
     (root / "src" / "twotower" / "retrieval").mkdir(parents=True)
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "src/twotower/retrieval/scan.c"):
+    scan = "src/twotower/retrieval/scan"
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", f"{scan}.c", f"{scan}_kernels.h"):
         shutil.copy(ROOT / name, root / name)
     program(root / "tools" / "python3", PYTHON)
     return root

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -139,6 +140,17 @@ def all_gather_with_grad(features: Tensor) -> Tensor:
         return features
     gathered: Tensor = _AllGather.apply(features)
     return gathered
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Let torch use so many CPU threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve_device(config: DistributedConfig) -> torch.device:

@@ -53,7 +53,12 @@ def served(answers: dict[str, list[Answer]]) -> Iterator[Served]:
             with state.lock:
                 state.at_once -= 1
             self.send_response(status)
-            for name, value in (*headers, ("Content-Length", str(len(body)))):
+            if ("Transfer-Encoding", "chunked") in headers:
+                parts = [body[place : place + 1000] for place in range(0, len(body), 1000)]
+                body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (*parts, b""))
+            else:
+                headers = (*headers, ("Content-Length", str(len(body))))
+            for name, value in headers:
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body[: len(body) - lost])

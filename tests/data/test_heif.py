@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image, features
+from PIL import AvifImagePlugin, Image, features
 
 from tests.data.test_images import BLUE, ORIENTATION, RED, encoded, reason, two_halves
 from twotower.data import heif
@@ -140,3 +140,12 @@ def test_doctor_knows_both(tmp_path: Path) -> None:
         path.write_bytes(written(two_halves(size=SIZE), kind))
         found = inspect(path, LIMITS)
         assert (found.fault, found.format, found.width, found.height) == ("", kind, *SIZE)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_a_picture_is_decoded_by_one_thread(kind: str) -> None:
+    """Others are decoded beside it."""
+    data = written(two_halves(size=SIZE), kind)
+    decode_image(data)
+    assert AvifImagePlugin.DEFAULT_MAX_THREADS == 1
+    assert kind == "AVIF" or pillow_heif.options.DECODE_THREADS == 1

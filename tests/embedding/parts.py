@@ -10,6 +10,7 @@ from tests.helpers import tiny_bundle, write_pictures
 from twotower.config import DistributedConfig
 from twotower.data.pairs import Pair, PairTable
 from twotower.embedding import encoder
+from twotower.embedding.store import EmbeddingStore
 from twotower.embedding.work import ExportJob, ExportResult, run_export
 from twotower.models.dual_encoder import ModelBundle
 
@@ -62,3 +63,14 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def plain(store: EmbeddingStore, *without: str) -> list[dict[str, object]]:
+    """Every row of a store: its vectors and its metadata."""
+    ids = store.row_ids()
+    rows = store.metadata(ids)
+    for row, image, text in zip(rows, store.image_rows(ids), store.text_rows(ids), strict=True):
+        row.update(image=image.tobytes(), text=text.tobytes())
+        for name in without:
+            del row[name]
+    return rows

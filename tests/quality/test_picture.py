@@ -11,7 +11,7 @@ from PIL import Image
 from tests.quality.pictures import LIMITS, encoded, photograph
 from twotower.quality import picture
 from twotower.quality.jpeg import damage
-from twotower.quality.picture import SIDE, THUMB, TURNS, Inspected, inspect
+from twotower.quality.picture import SIDE, THUMB, Inspected, inspect
 
 
 @pytest.fixture
@@ -101,6 +101,17 @@ def gif() -> bytes:
 def test_traits(look, data: bytes, traits: set[str]) -> None:
     seen = look(data)
     assert (seen.fault, set(seen.traits)) == ("", traits)
+
+
+TURNS = {  # what makes a picture upright, by its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @pytest.mark.parametrize("orientation", TURNS)

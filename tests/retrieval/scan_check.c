@@ -18,57 +18,78 @@ static void *room(size_t bytes) { /* exactly, so that a byte beyond is noticed *
     return made;
 }
 
-static void code(const float *row, int64_t dim, int8_t *codes, float *scale, double *error,
-                 double *norm) {
+typedef struct {
+    float scale, error, norm, tail_norm;
+} about;
+
+/* The head at twice the scale, where there is a tail. */
+static about code(const float *row, int64_t dim, int64_t head, int8_t *codes) {
+    about made = {0};
+    double error = 0, norm = 0, tail = 0;
     float largest = 0;
-    *error = *norm = 0;
-    for (int64_t i = 0; i < dim; i++) largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
-    *scale = largest / 127;
     for (int64_t i = 0; i < dim; i++) {
-        const double step = *scale > 0 ? rint(row[i] / *scale) : 0;
-        codes[i] = (int8_t)(step > 127 ? 127 : step < -127 ? -127 : step);
-        *error += pow(row[i] - (double)codes[i] * *scale, 2);
-        *norm += pow((double)codes[i] * *scale, 2);
+        const float value = fabsf(row[i]) / (head < dim && i < head ? 2 : 1);
+        largest = value > largest ? value : largest;
     }
-    *error = sqrt(*error) * 1.00001 + 1e-5 * (sqrt(*norm) + 1);
-    *norm = sqrt(*norm) * 1.00001;
+    made.scale = largest / 127;
+    for (int64_t i = 0; i < dim; i++) {
+        const double unit = (double)made.scale * (head < dim && i < head ? 2 : 1);
+        const double step = unit > 0 ? rint(row[i] / unit) : 0;
+        codes[i] = (int8_t)(step > 127 ? 127 : step < -127 ? -127 : step);
+        error += pow(row[i] - codes[i] * unit, 2);
+        norm += pow(codes[i] * unit, 2);
+        if (i >= head) tail += (double)row[i] * row[i];
+    }
+    made.error = (float)(sqrt(error) * 1.00001 + 1e-5 * (sqrt(norm) + 1));
+    made.norm = (float)(sqrt(norm) * 1.00001);
+    made.tail_norm = (float)(sqrt(tail) * 1.00001);
+    return made;
+}
+
+/* A code's place among those of all rows, in panels of so many words. */
+static size_t place_of(int64_t row, int64_t dimension, int64_t words) {
+    return (size_t)(((row / PANEL * words + dimension / 4) * PANEL + row % PANEL) * 4 +
+                    dimension % 4);
 }
 
 static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int64_t level,
-                 int64_t threads, int kind) {
+                 int64_t threads, int kind, int split) {
     const int64_t words = (dim + 3) / 4, panels = (rows + PANEL - 1) / PANEL;
+    const int64_t head = split && words > 1 ? (words + 2) / 3 : words, rest = words - head;
     const int64_t places = panels * PANEL;
     float *values = room(sizeof(float) * (size_t)(rows * dim));
-    uint8_t *codes = room((size_t)(places * words * 4));
+    uint8_t *codes = room((size_t)(places * head * 4)), *tail = room((size_t)(places * rest * 4));
+    float *tail_norm = room(sizeof(float) * (size_t)places);
     float *scale = room(sizeof(float) * (size_t)places), *norm = room(sizeof(float) * (size_t)places);
     float *error = room(sizeof(float) * (size_t)places);
     int64_t *ids = room(sizeof(int64_t) * (size_t)rows);
     int8_t *one = room((size_t)(words * 4));
-    memset(codes, 0x80, (size_t)(places * words * 4));
+    memset(codes, 0x80, (size_t)(places * head * 4));
+    memset(tail, 0x80, (size_t)(places * rest * 4));
     for (int64_t row = 0; row < places; row++) error[row] = -INFINITY;
     for (int64_t row = 0; row < rows; row++) {
         float *here = values + row * dim;
-        double lost, kept;
         ids[row] = 2 * row;
         for (int64_t i = 0; i < dim; i++)
             here[i] = kind == 1 ? 0.5f : kind == 2 && row % 2 ? 0 : uniform();
         if (kind == 3 && row % 3 == 0) continue; /* deleted */
-        code(here, dim, one, scale + row, &lost, &kept);
-        error[row] = (float)lost;
-        norm[row] = (float)kept;
+        const about made = code(here, dim, 4 * head, one);
+        scale[row] = made.scale, error[row] = made.error, norm[row] = made.norm;
+        tail_norm[row] = made.tail_norm;
         for (int64_t i = 0; i < dim; i++)
-            codes[((row / PANEL * words + i / 4) * PANEL + row % PANEL) * 4 + i % 4] =
-                (uint8_t)(one[i] + 128);
+            if (i < 4 * head) codes[place_of(row, i, head)] = (uint8_t)(one[i] + 128);
+            else tail[place_of(row, i - 4 * head, rest)] = (uint8_t)(one[i] + 128);
     }
     int8_t *query_codes = room((size_t)(num_queries * words * 4));
     float *query_scale = room(sizeof(float) * (size_t)num_queries);
     float *query_error = room(sizeof(float) * (size_t)num_queries);
+    float *query_tail_norm = room(sizeof(float) * (size_t)num_queries);
     double *queries = room(sizeof(double) * (size_t)(num_queries * dim));
     double *query_norm = room(sizeof(double) * (size_t)num_queries);
     double *centre = room(sizeof(double) * (size_t)num_queries);
     float *single = room(sizeof(float) * (size_t)dim);
     for (int64_t query = 0; query < num_queries; query++) {
-        double length = 0, lost, kept;
+        double length = 0;
         for (int64_t i = 0; i < dim; i++) single[i] = uniform();
         for (int64_t i = 0; i < dim; i++) length += (double)single[i] * single[i];
         for (int64_t i = 0; i < dim; i++) {
@@ -76,16 +97,21 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
             single[i] = (float)(single[i] / sqrt(length));
         }
         query_norm[query] = sqrt(length);
-        code(single, dim, query_codes + query * words * 4, query_scale + query, &lost, &kept);
-        query_error[query] = (float)lost;
+        const about made = code(single, dim, 4 * head, query_codes + query * words * 4);
+        query_scale[query] = made.scale, query_error[query] = made.error;
+        query_tail_norm[query] = made.tail_norm;
     }
-    int64_t *position = room(sizeof(int64_t) * (size_t)(num_queries * k)), count[2] = {0, 0};
+    /* For the heads of seven panels at a time; none where all is scanned at once. */
+    const int64_t size = split ? 7 * (PANEL + 1) * num_queries : 0;
+    int32_t *scratch = room(sizeof *scratch * (size_t)size);
+    int64_t *position = room(sizeof(int64_t) * (size_t)(num_queries * k)), count[4] = {0};
     double *score = room(sizeof(double) * (size_t)(num_queries * k));
-    const tt_shard shard = {codes, scale, error, norm, panels, 0};
+    const tt_shard shard = {codes, tail, scale, error, norm, tail_norm, panels, 0};
     const tt_part parts[2] = {{values, 0, 0}, {values + rows / 2 * dim, rows / 2, 0}};
-    const tt_job job = {&shard, parts, ids, rows > 0, 2, dim, words, query_codes, query_scale,
-                        query_error, queries, query_norm, centre, num_queries, k, 1, threads,
-                        level, position, score, count};
+    const tt_job job = {&shard, parts, ids, rows > 0, 2, dim, words, head, query_codes,
+                        query_scale, query_error, query_tail_norm, queries,
+                        query_norm, centre, num_queries, k, 1, threads, level, scratch, size,
+                        position, score, count};
     int bad = tt_search(&job);
     for (int64_t query = 0; query < num_queries && !bad; query++) {
         int64_t alive = 0;
@@ -108,10 +134,12 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     }
     free(values), free(codes), free(scale), free(norm), free(error), free(ids), free(one);
     free(query_codes), free(query_scale), free(query_error), free(queries), free(query_norm);
-    free(centre), free(single), free(position), free(score);
+    free(centre), free(single), free(position), free(score), free(tail);
+    free(tail_norm), free(query_tail_norm), free(scratch);
     if (bad)
-        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld kind %d\n",
-                (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads, kind);
+        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld kind %d %d\n",
+                (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads, kind,
+                split);
     return bad;
 }
 
@@ -120,11 +148,12 @@ int main(void) {
     static const int64_t queries[] = {1, 6, 13}, ks[] = {1, 10, 100};
     int bad = 0;
     for (int64_t level = 0; level <= tt_level(); level++)
-        for (int kind = 0; kind < 4; kind++)
+        for (int kind = 0; kind < 8; kind++)
             for (int r = 0; r < 6; r++)
                 for (int d = 0; d < 5; d++)
                     for (int q = 0; q < 3; q++)
                         bad |= check(rows[r], dims[d] > 7 && rows[r] > 65 && q ? 33 : dims[d],
-                                     queries[q], ks[(r + d + q) % 3], level, 1 + (r + q) % 3, kind);
+                                     queries[q], ks[(r + d + q) % 3], level, 1 + (r + q) % 3, kind % 4,
+                                     kind / 4);
     return bad;
 }

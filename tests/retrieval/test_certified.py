@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
 from twotower.config import Metric
+from twotower.distributed import num_threads
 from twotower.retrieval import native, tiers, torch_scan
 from twotower.retrieval.certificate import CodedRows, Frame
-from twotower.retrieval.certified_scan import NativeScan
-from twotower.retrieval.codes import CodeStore
+from twotower.retrieval.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
+from twotower.retrieval.native_scan import HeadExperience, NativeScan, rotate
+from twotower.retrieval.rows import Rows
 from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
 
@@ -30,7 +30,11 @@ KINDS = (
 )
 LENGTHS = {"denormal": (-40, -39), "tiny": (-44, 1), "huge": (-10, 36)}
 LEVELS = range(native.level() + 1)
-TIERS = [*(f"native {level}" for level in LEVELS), "torch", "reference"]
+TIERS = [
+    *(f"native {level}" for level in LEVELS),
+    *(f"native {level} heads" for level in LEVELS),
+    *("torch", "reference"),
+]
 
 
 def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFloatArray:
@@ -57,23 +61,33 @@ def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFlo
 
 
 def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object) -> ExactIndex:
-    """An index with the scan of `native <level>` or of another tier."""
-    name, _, level = tier.partition(" ")
+    """An index with the scan of `native <level>` or of another tier.
+
+    With `heads` it scans by short heads first, whatever their worth.
+    """
+    name, *details = tier.split()
     config = ExactConfig(tier=Tier[name], metric=metric, **options)  # type: ignore[arg-type]
     index = ExactIndex(config, dim)
-    if level:
-        index._scan = NativeScan(index._rows, int(level))
+    if details:
+        level, by_heads = int(details[0]), "heads" in details
+        index._scan = (HeadsFirst if by_heads else NativeScan)(index._rows, level)
     return index
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class HeadsFirst(NativeScan):
+    """Begins with the heads at any number of rows, a few groups of panels at a time."""
+
+    def __init__(self, rows: Rows, level: int) -> None:
+        super().__init__(rows, level, tail_energy=1.0, head_rows=0)
+        self._experience = Eager()
+
+    def _take_scratch(self, count: int) -> npt.NDArray[np.int32]:
+        return super()._take_scratch(count)[: native.SCRATCH * count * 5]  # 5 panels
+
+
+class Eager(HeadExperience):
+    def ask(self, k: int, tail: float) -> bool:
+        return True
 
 
 def assert_same(one: SearchResult, other: SearchResult) -> None:
@@ -144,7 +158,7 @@ def check_every_tier(case: Case) -> None:
         index.add(rows[:cut], ids[:cut])
         index.search(queries[:1], 1)
         index.add(rows[cut:], ids[cut:])
-        with threads(1 + number % 3):
+        with num_threads(1 + number % 3):
             before = index.search(queries, k)
             index.delete(ids[gone])
             after = index.search(queries, min(k, max(len(alive), 1)))
@@ -169,45 +183,58 @@ def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
     index.add(rows)
     want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
     for count in (1, 2, 5):
-        with threads(count):
+        with num_threads(count):
             assert_same(index.search(queries, 15), want)
             single = [index.search(query[None], 15) for query in queries]
             assert_same(SearchResult(*map(np.concatenate, zip(*single, strict=True))), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dim", [1, 5, 64, 700])
-def test_the_bounds_hold(kind: str, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "split"), [(1, 0), (5, 0), (64, 0), (64, 1), (300, 1), (700, 0)])
+def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     rng = np.random.default_rng(dim)
     rows = rows_of(kind, 300, dim, rng)
     queries = unit_rows(rows_of("random", 20, dim, rng)).astype(np.float64)
-    frame = Frame.of(rows[:50])
+    frame = Frame.of(np.tile(rows, (4, 1)) if split else rows[:50], tail_energy=split or None)
+    head = frame.head
+    assert head == (16 if split else dim)
     parts = [coded for _, coded in frame.code_rows(rows)]
     coded = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    codes, scale, error = frame.code_queries(queries)
+    asked = frame.code_rotated(frame.rotate(queries))
     # As scan.c computes it, in fp32.
-    dots = (codes.astype(np.int64) @ coded.codes.astype(np.int64).T).astype(np.float32)
-    middle = dots * scale[:, None] * coded.scale
-    width = error[:, None] * coded.norm + coded.error
+    codes, others = asked.codes.astype(np.int64), coded.codes.astype(np.int64)
+    factor = 4 if head < dim else 1
+    says = factor * (codes[:, :head] @ others[:, :head].T)
+    middle = says.astype(np.float32) * asked.scale[:, None] * coded.scale
+    width = asked.error[:, None] * coded.norm + coded.error
+    outside = width + asked.tail_norm[:, None] * coded.tail_norm
+    upper, lower = middle + outside, middle - outside
+    both = says + codes[:, head:] @ others[:, head:].T
+    middle = both.astype(np.float32) * asked.scale[:, None] * coded.scale
     true = queries @ rows.astype(np.float64).T
     centred = true - (queries @ frame.centre)[:, None]
     length = np.linalg.norm(rows.astype(np.float64), axis=1)
     ties = 2.0**-23 * np.abs(true) + 1e-15 * (length + np.linalg.norm(frame.centre))
     assert (centred + ties <= (middle + width)).all()
     assert (centred - ties >= (middle - width)).all()
+    assert (centred <= upper).all()
+    assert (centred >= lower).all()
     assert np.isfinite(middle + width).all()
     if kind in ("random", "clip") and dim >= 64:
         moved = np.linalg.norm(rows - frame.centre, axis=1)
         assert (coded.error < 0.02 * moved).all()  # and are tight enough to be of use
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_codes_are_read_as_they_were_written(packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "head"), [(True, 13), (True, 8), (False, 13)])
+def test_codes_are_read_as_they_were_written(packed: bool, head: int) -> None:
     rng = np.random.default_rng(0)
     store = CodeStore(13, packed, shard_rows=192)
+    store.split(head)
     parts = []
     for count in (1, 5, 63, 64, 200, 0, 1, 900):
-        columns = (rng.random(count).astype(np.float32) for _ in range(3))
+        columns = [rng.random(count).astype(np.float32) for _ in range(4)]
+        if head == 13:
+            columns[3][:] = 0
         codes = rng.integers(-127, 128, (count, 13)).astype(np.int8)
         parts.append(CodedRows(codes, *columns))
         store.append(parts[-1])
@@ -225,7 +252,7 @@ def test_memory_is_what_is_asked_for(memory: RowMemory) -> None:
     index = make("native 0", 64, memory=memory)
     index.add(rows, normalized=True)
     bytes_a_value = 4 if memory is RowMemory.fp32 else 2
-    # Values, an fp64 norm, an int64 id; a code a value, and three fp32 numbers.
+    # Values, an fp64 norm, an int64 id; a code a value, and three fp32 numbers: there is no tail.
     assert index.nbytes == 4096 * (64 * bytes_a_value + 8 + 8 + 64 + 3 * 4)
     queries = rng.standard_normal((9, 64)).astype(np.float32)
     want = brute_force(rows, np.arange(4096), queries, 20, Metric.cosine)
@@ -238,28 +265,47 @@ def test_a_loaded_index_has_the_codes_that_were_written(
     tier: str, memory: RowMemory, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
-    rows, queries = rng.standard_normal((2, 700, 24)).astype(np.float32)
-    index = make(tier, 24, memory=memory)
+    rows, queries = rng.standard_normal((2, 700, 40)).astype(np.float32)
+    index = make(tier, 40, memory=memory)
     index.add(rows[:600])
     index.delete(np.arange(3, 500, 7))
     index.write(tmp_path / "index")
-    loaded = make(tier, 24, memory=memory)
-    loaded.read(tmp_path / "index")
-    other = make("reference" if "reference" not in tier else TIERS[0], 24, memory=memory)
-    other.read(tmp_path / "index")  # a file without codes gets them; codes are not needed
+    # A scan that has no use for the codes that are there, or finds none, makes its own.
+    loaded, *others = (make(each, 40, memory=memory) for each in (tier, *TIERS[-4:]))
+    for each in (loaded, *others):
+        each.read(tmp_path / "index")
     mapped = [isinstance(part.rows, np.memmap) for part in loaded._rows.parts]
     assert mapped == [memory is RowMemory.stored]
-    for each in (loaded, other):
+    for each in (loaded, *others):
         assert len(each) == len(index)
         assert_same(each.search(queries[:40], 20), index.search(queries[:40], 20))
     if loaded._scan and index._scan:
         alive = index._rows.ids.array >= 0
-        for name, parts in loaded._scan.coded.arrays(alive[alive]).items():
-            kept = index._scan.coded.arrays(alive)[name]
-            np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(kept))
+        written = index._scan.coded.arrays(alive)
+        for name, column in loaded._scan.coded.arrays(alive[alive]).items():
+            parts, kept = (np.concatenate(list(each.parts)) for each in (column, written[name]))
+            np.testing.assert_array_equal(parts, kept)
         loaded.add(rows[600:])
         index.add(rows[600:], np.arange(600, 700))
         assert_same(loaded.search(queries[:9], 5), index.search(queries[:9], 5))
+
+
+def test_codes_lie_in_private_memory_where_the_system_gives_huge_pages() -> None:
+    size = 8 * HUGE
+    before = resident()
+    memory = huge_pages(size)
+    memory[:] = 1
+    after = resident()
+    assert memory.ctypes.data % HUGE == 0
+    assert after["RssAnon"] - before["RssAnon"] > size // 2
+    assert after["RssShmem"] == before["RssShmem"]
+
+
+def resident() -> dict[str, int]:
+    """The bytes in memory of this process, by their kind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = (line.split() for line in lines if line.startswith("Rss"))
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
 def test_few_rows_are_scored_exactly() -> None:
@@ -269,12 +315,58 @@ def test_few_rows_are_scored_exactly() -> None:
     index.add(rows)
     scan = index._scan
     assert isinstance(scan, NativeScan)
-    coded = scan.coded.queries(unit_rows(rows[:50]).astype(np.float64))
+    coded = scan.coded.queries(unit_rows(rows[:50]).astype(np.float64), rotate)
     parts = [(part.start, part.rows) for part in index._rows.parts]
     arguments = (scan.coded.store.shards, parts, index._rows.ids.array, coded, 10)
-    found = native.search(*arguments, cosine=True, threads=1, level=native.level())
-    assert 10 <= found.reranked / 50 < 60
+    options = {"cosine": True, "threads": 1, "level": native.level()}
+    found = native.search(*arguments, **options, scratch=np.empty(0, np.int32))
+    assert 10 <= found.reranked / 50 < 80
     assert found.collected / 50 < 1500
+
+
+def test_a_search_by_heads_opens_few_panels() -> None:
+    rng = np.random.default_rng(0)
+    spectrum = 1 / np.arange(1, 65, dtype=np.float32)
+    centres = rng.standard_normal((400, 64)).astype(np.float32) * spectrum
+    noise = rng.standard_normal((20_000, 64)).astype(np.float32) * spectrum
+    rows = unit_rows(centres[rng.integers(0, 400, 20_000)] + 0.3 * noise)
+    index = make("native 0 heads", 64)
+    index.add(rows)
+    scan = index._scan
+    assert isinstance(scan, NativeScan)
+    assert 0 < scan.coded.store.head < 64
+    experience = scan._experience
+    seen: list[float] = []
+    experience.learn = lambda k, tail, opened: seen.append(opened)  # type: ignore[method-assign]
+    index.search(rows[:3], 10)
+    assert len(seen) == 1
+    assert seen[0] < 0.5
+    index.search(rows[:7], 10)  # too many queries
+    assert len(seen) == 1
+
+
+def test_heads_come_first_where_that_has_helped() -> None:
+    experience = HeadExperience()
+    for _ in range(5):
+        assert experience.ask(10, 0.2)  # nothing is known
+    for _ in range(4):
+        experience.learn(10, 0.2, 0.05)
+        experience.learn(10, 0.5, 1.0)
+    assert experience.ask(10, 0.21)
+    asked = [experience.ask(10, 0.49) for _ in range(64)]
+    assert sum(asked) == 2  # now and then it looks whether that has changed
+    assert experience.ask(100, 0.49)
+
+
+@pytest.mark.parametrize("dims", [(1,), (7, 6), (64,), (33, 40)])
+def test_queries_are_rotated_as_rows_are(dims: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    blocks = [rng.standard_normal((dim, dim)).astype(np.float32) for dim in dims]
+    frame = Frame.of_parts(np.zeros(sum(dims), np.float32), rng.permutation(sum(dims)), blocks, 1)
+    for count in (1, 4, 6, 70):
+        queries = rng.standard_normal((count, sum(dims)))
+        for how in (rotate, torch_scan.rotate):
+            np.testing.assert_allclose(how(queries, frame), frame.rotate(queries), atol=1e-12)
 
 
 def test_a_missing_library_means_another_tier(monkeypatch: pytest.MonkeyPatch) -> None:

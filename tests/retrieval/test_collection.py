@@ -90,6 +90,25 @@ def test_the_inner_product_ranks_selected_rows_by_itself(store: EmbeddingStore) 
     np.testing.assert_array_equal(found.ids, want.ids)
 
 
+@pytest.mark.parametrize("few", [0, 20_000])
+def test_rows_that_were_deleted_pass_no_filter(
+    few: int, store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FEW_ROWS", few)
+    collection = Collection(store, build_index(ExactConfig(), store))
+    collection.passing("percent")  # remembered
+    gone = np.arange(7, COUNT, 300)
+    collection.delete(gone)
+    collection.delete(np.array([8]))
+    left = np.setdiff1d(np.flatnonzero(SHARES["percent"]), gone)
+    selected = collection.passing("percent")
+    np.testing.assert_array_equal(selected, left)
+    found = collection.search(queries(), 20, selected)
+    want = brute_force(ROWS[left], left, queries(), 20, Metric.cosine)
+    np.testing.assert_array_equal(found.ids, want.ids)
+    assert len(collection) == COUNT - len(gone) - 1
+
+
 def test_merged_results_go_by_score_then_source_then_id() -> None:
     def result(*pairs: tuple[float, int]) -> SearchResult:
         scores, ids = zip(*pairs, strict=True)
@@ -150,5 +169,6 @@ def test_a_filter_of_few_rows_is_told_and_a_wrong_one_refused(
     }
     assert caplog.messages == ["only 2 rows pass the filter number in [3, 5]"]
     assert searcher.search(["a dog"], Options(k=10, filter="none")) == [[]]
+    assert caplog.messages[1:] == ["no row passes the filter none"]
     with pytest.raises(ConfigError, match="the column size, but the store has image_path, caption"):
         searcher.search(["a dog"], Options(filter="size>3"))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
 from twotower.config import Metric
+from twotower.distributed import num_threads
 from twotower.retrieval import reference_scan
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, IdArray, SearchResult, unit_rows
@@ -100,13 +101,9 @@ def test_does_not_depend_on_blocks_threads_batch_or_when_candidates_are_ranked(
     queries = np.random.default_rng(1).standard_normal((12, 24)).astype(np.float32)
     queries *= np.float32(10) ** np.linspace(-38, 30, 12, dtype=np.float32)[:, None]
     want = make(rows, metric=metric, tier=Tier.auto).search(queries, 9)
-    threads = torch.get_num_threads()
-    try:
-        for block_rows, num_threads in ((7, 1), (64, 2), (300, 1), (10**6, 2)):
-            torch.set_num_threads(num_threads)
+    for block_rows, threads in ((7, 1), (64, 2), (300, 1), (10**6, 2)):
+        with num_threads(threads):
             assert_same(make(rows, metric=metric, block_rows=block_rows).search(queries, 9), want)
-    finally:
-        torch.set_num_threads(threads)
     index = make(rows, metric=metric, block_rows=100)
     monkeypatch.setattr(reference_scan, "QUERY_BLOCK", 3)
     assert_same(index.search(queries, 9), want)

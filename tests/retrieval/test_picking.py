@@ -110,6 +110,16 @@ def test_two_of_one_name_are_both_copied_and_what_is_gone_is_said(
     assert (tmp_path / "none.csv").read_text().startswith('"filepath"')
 
 
+def test_several_queries_are_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "queries.txt").write_text("a dog\na cat\n")
+    free = FreeText(query_file=str(tmp_path / "queries.txt"), output=str(tmp_path / "x.txt"))
+    with pytest.raises(ConfigError, match=r"filter takes one query, and .*queries.txt has 2; run"):
+        command.run(config, free)
+    (tmp_path / "queries.txt").write_text("a dog\n")
+    command.run(config, free)
+    assert (tmp_path / "x.txt").is_file()
+
+
 @pytest.mark.parametrize(
     ("free", "sentence"),
     [

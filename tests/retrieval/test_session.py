@@ -11,8 +11,10 @@ from rich.text import Text
 
 from tests.retrieval.conftest import COUNT
 from twotower import console
+from twotower.commands import filter as filter_command
 from twotower.commands import search
 from twotower.config import Config, FreeText
+from twotower.embedding.encoder import Encoder
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval import session
 from twotower.retrieval.faiss_index import FaissConfig
@@ -268,6 +270,24 @@ def test_filter_and_near_duplicates_reach_the_search(
     ):
         with pytest.raises(ConfigError, match=sentence):
             search.run(config, FreeText(query="a", filter=condition))
+    capsys.readouterr()
+    for found_nothing in (FreeText(query="a", filter="row_id > 1000"), FreeText(query="a")):
+        section = SearchConfig(k=3, threshold=-2 if found_nothing.filter else 2)
+        search.run(dataclasses.replace(config, search=section), found_nothing)
+        assert capsys.readouterr().out == "a\nnothing was found\n"
+
+
+def test_a_mistake_in_a_filter_is_said_before_the_encoder_is_loaded(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the encoder was loaded")
+
+    monkeypatch.setattr(Encoder, "load", loaded)
+    for condition in ("size > 3", "row_id >"):
+        for run, output in ((search.run, None), (filter_command.run, str(tmp_path / "list.txt"))):
+            with pytest.raises(ConfigError, match="the filter"):
+                run(config, FreeText(query="a", filter=condition, output=output))
 
 
 def test_judgements_at_the_prompt_search_again(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,47 @@ def test_a_url_is_fetched_once_and_again_if_asked(tmp_path: Path) -> None:
         assert server.asked["/v"] == 1
         assert load_vocabulary(url, tmp_path, 100, refresh=True).labels == ("fox",)
         assert load_vocabulary(url, tmp_path, 100).labels == ("fox",)
+
+
+def test_a_url_leads_to_http_alone(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("dog")
+
+    def moved(to: str) -> list[Answer]:
+        return [Answer(302, headers=(("Location", to),))]
+
+    answers = {
+        "/v": [Answer(200, b"dog\ncat")],
+        "/on": moved("/v"),
+        "/file": moved(secret.as_uri()),
+        "/ftp": moved("ftp://127.0.0.1/v"),
+        "/twice": moved("/file"),
+        "/round": moved("/round"),
+    }
+    with served(answers) as server:
+        assert load_vocabulary(f"{server.url}/on", tmp_path, 100).labels == ("dog", "cat")
+        for path in ("/file", "/ftp", "/twice"):
+            with pytest.raises(ConfigError, match="it leads to an address that is not http"):
+                load_vocabulary(server.url + path, tmp_path / "kept", 100)
+        with pytest.raises(ConfigError, match="cannot be fetched"):
+            load_vocabulary(f"{server.url}/round", tmp_path / "kept", 100)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_an_answer_of_unknown_length_is_limited_too(tmp_path: Path) -> None:
+    chunked = (("Transfer-Encoding", "chunked"),)
+    packed = (*chunked, ("Content-Encoding", "gzip"))
+    answers = {
+        "/few": [Answer(200, b"dog\n" * 300, chunked)],
+        "/many": [Answer(200, b"dog\n" * 300_000, chunked)],
+        "/packed": [Answer(200, gzip.compress(b"dog\n" * 300_000), packed)],
+    }
+    with served(answers) as server:
+        assert load_vocabulary(f"{server.url}/few", tmp_path, 2000).labels == ("dog",)
+        for path in ("/many", "/packed"):
+            with pytest.raises(ConfigError, match=f"{path} has more than 0.002 MB"):
+                load_vocabulary(server.url + path, tmp_path / "kept", 2000)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_url_that_is_not_there_or_too_large_leaves_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ from pathlib import Path
 from twotower.settings import ConfigError
 
 
+def is_taken(path: Path) -> bool:
+    """Whether a folder cannot be made here: there is a file, or a folder that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; what is written there then takes its place.

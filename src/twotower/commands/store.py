@@ -7,7 +7,8 @@ from pathlib import Path
 from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.embedding.about import about_store, verify_with_checkpoint
-from twotower.embedding.rewrite import compact_store, merge_stores
+from twotower.embedding.merge import merge_stores
+from twotower.embedding.rewrite import compact_store
 from twotower.embedding.store import EmbeddingStore
 from twotower.runs import store_path
 from twotower.settings import ConfigError

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import io
 
-from PIL import Image, features
+from PIL import AvifImagePlugin, Image, features
 
 # What the first box of an ISO media file calls itself: HEVC pictures and sequences, AV1 ones.
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _AVIF = {b"avif", b"avis"}
 _LONGEST = 256  # bytes of that box that are looked at
+
+# One thread a picture, not all cores: pictures are decoded side by side already.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -55,5 +58,5 @@ def _register_heic() -> bool:
         import pillow_heif
     except ImportError:
         return False
-    pillow_heif.register_heif_opener()
+    pillow_heif.register_heif_opener(decode_threads=1)
     return True

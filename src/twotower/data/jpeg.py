@@ -39,14 +39,28 @@ def decode_jpeg(data: bytes, side: int = 0) -> Decoded | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in _SPACES or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
-        turn = _orientation(data)
+        turn = _turn(data)
         if turn != 1 and (height % 8 or width % 8):
             side = 0  # a last row or column that is part of one must stay the last
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side)
+        pixels = turbo(data, side)
     except ValueError:  # also for damage that Pillow overlooks: it decides
         return None
-    pixels = _turned(pixels, turn)
-    return Decoded(pixels, (width, height) if turn >= 5 else (height, width))
+    return Decoded(upright(pixels, turn), (width, height) if turn >= 5 else (height, width))
+
+
+def turbo(data: bytes, side: int = 0) -> Pixels:
+    """The pixels (h, w, 3) of a JPEG file as libjpeg-turbo decodes them, not turned.
+
+    Args:
+        side: as for `decode_jpeg`.
+
+    Raises:
+        ValueError: whatever the library warns of, or that it does not know.
+    """
+    import simplejpeg
+
+    pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side)
+    return pixels
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
@@ -64,19 +78,27 @@ def segments(data: bytes) -> Iterator[tuple[int, int]]:
         yield marker, place
 
 
-def _orientation(data: bytes) -> int:
-    """1 to 8, as EXIF numbers them; 1 is upright."""
+def _turn(data: bytes) -> int:
+    """The orientation of a file, which is opened for it only where it may have one."""
     if all(marker != _APP1 for marker, _ in segments(data)):
         return 1
     try:
-        found = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
+        return orientation_of(Image.open(io.BytesIO(data)))
     except Exception:  # damaged metadata is no reason to lose the picture
+        return 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """1 to 8, as EXIF numbers them; 1 is upright, and what damaged metadata say."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # no reason to lose the picture
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
-    """Upright; 2, 4, 5 and 7 are mirrored, from 5 on height and width change places."""
+def upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Pixels (h, w, 3) turned; 2, 4, 5 and 7 are mirrored, from 5 on h and w change places."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from twotower.checkpoint.atomic import is_taken
 from twotower.config import DataConfig
 from twotower.console import progress
 from twotower.data.layout import folder_in_one_piece
@@ -81,7 +82,7 @@ def prepare_openmoji(config: OpenMojiConfig) -> None:
     if (folder / "manifest.csv").is_file():
         log.info("openmoji: %s is there and is used as it is", folder)
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigError(
             f"{folder} exists and is no OpenMoji data set; remove it or choose another data.folder"
         )

@@ -11,6 +11,7 @@ from twotower.config import DistributedConfig
 from twotower.data.pairs import PairTable
 from twotower.distributed import is_launched_main, resolve_device
 from twotower.embedding.claims import Claims
+from twotower.embedding.fingerprint import differences
 from twotower.embedding.folders import beside, restore
 from twotower.embedding.layout import MANIFEST, Manifest
 from twotower.embedding.rows import fingerprint, has_captions
@@ -134,8 +135,8 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
             "encode.overwrite=true"
         )
     is_whole = there.complete and there.is_whole(output)
-    differences = there.differences(plan, device=not is_whole)
-    if not differences and not is_whole:
+    different = differences(there, plan, device=not is_whole)
+    if not different and not is_whole:
         return output
     if overwrite:
         _refuse_what_is_in_the_way(beside(output, "old"))
@@ -143,10 +144,10 @@ def _work_folder(output: Path, plan: Manifest, *, overwrite: bool) -> Path | Non
         if not (new / MANIFEST).exists():
             _refuse_other_files(new)
         return new
-    if differences:
+    if different:
         state = "finished" if there.complete else "unfinished"
         raise ConfigError(
-            f"{output} holds another encoding ({state}): {'; '.join(differences)}; choose another "
+            f"{output} holds another encoding ({state}): {'; '.join(different)}; choose another "
             "folder with encode.output=..., or replace it with encode.overwrite=true"
         )
     return None

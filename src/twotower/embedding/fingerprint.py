@@ -10,6 +10,52 @@ from typing import Any
 from twotower.embedding.layout import FINGERPRINT, SPACE, Manifest
 from twotower.settings import ConfigError
 
+# What makes two encodings of different rows: the field, and what the user calls it.
+IDENTITY = {
+    "checkpoint_sha256": "the checkpoint (SHA-256)",
+    "source": "the source",
+    "source_fingerprint": "the source's paths and captions (fingerprint)",
+    "preprocessing": "the preparation of pictures",
+    "tokenizer": "the tokenizer",
+    "rows_kind": "encode.rows",
+    "images": "encode.images",
+    "texts": "captions encoded (encode.texts)",
+    "columns": "encode.metadata",
+    "dtype": "encode.dtype",
+    "precision": "encode.precision",
+    "compiled": "encode.compile",
+    "batch_size": "encode.batch_size",
+    "shard_rows": "encode.shard_rows",
+}
+LATE = ("preprocessing", "tokenizer", "batch_size")  # known once the checkpoint is loaded
+
+
+def differences(there: Manifest, here: Manifest, *, device: bool = False) -> list[str]:
+    """In what `here` is another encoding than `there`, in the user's words.
+
+    How a checkpoint prepares its inputs, and `batch_size=auto`, are known only once it is loaded;
+    before, they are empty. What a source is called (`pics`, `/data/pics`) makes no other one of it.
+
+    Args:
+        device: whether the kind of device counts, since one store is made on one kind.
+    """
+    unknown = {n for n in LATE if not (getattr(there, n) and getattr(here, n))}
+    known = {name: words for name, words in IDENTITY.items() if name not in unknown}
+    if there.source_fingerprint == here.source_fingerprint:
+        del known["source"]
+    if device:
+        known["device"] = "the device"
+    return _in_fields(there, here, known)
+
+
+def _in_fields(there: Manifest, here: Manifest, names: Mapping[str, str]) -> list[str]:
+    """In which of some fields they differ; `names` says what the user calls them."""
+    return [
+        f"{words} is {getattr(there, name)} there and {getattr(here, name)} here"
+        for name, words in names.items()
+        if getattr(there, name) != getattr(here, name)
+    ]
+
 
 def check_fingerprint(there: Manifest, there_is: str, here: Manifest, here_is: str) -> None:
     """Refuse to put rows together that were made in different ways.
@@ -24,7 +70,7 @@ def check_fingerprint(there: Manifest, there_is: str, here: Manifest, here_is: s
         raise ConfigError(
             f"{there_is} has the fingerprint {there.fingerprint[:16]} and {here_is} "
             f"{here.fingerprint[:16]}, so their rows cannot be compared: "
-            f"{'; '.join(there.differences_in(here, FINGERPRINT))}"
+            f"{'; '.join(_in_fields(there, here, FINGERPRINT))}"
         )
 
 
@@ -47,6 +93,6 @@ def check_space(
         raise ConfigError(
             f"the store {folder} has the fingerprint {there.space[:16]} and {here_is} "
             f"{here.space[:16]}, so they cannot be compared: "
-            f"{'; '.join(there.differences_in(here, SPACE))}; encode again with "
+            f"{'; '.join(_in_fields(there, here, SPACE))}; encode again with "
             "encode.overwrite=true"
         )

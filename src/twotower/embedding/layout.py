@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,24 +63,6 @@ SPACE = {
 }
 # What the rows of one store must share beyond that.
 FINGERPRINT = {**SPACE, "dtype": "encode.dtype", "precision": "encode.precision"}
-
-# What makes two encodings of different rows: the field, and what the user calls it.
-_IDENTITY = {
-    "checkpoint_sha256": "the checkpoint (SHA-256)",
-    "source": "the source",
-    "source_fingerprint": "the source's paths and captions (fingerprint)",
-    "preprocessing": "the preparation of pictures",
-    "tokenizer": "the tokenizer",
-    "rows_kind": "encode.rows",
-    "images": "encode.images",
-    "texts": "captions encoded (encode.texts)",
-    "columns": "encode.metadata",
-    "dtype": "encode.dtype",
-    "precision": "encode.precision",
-    "compiled": "encode.compile",
-    "batch_size": "encode.batch_size",
-    "shard_rows": "encode.shard_rows",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,35 +214,6 @@ class Manifest:
     def _hash(self, names: Iterable[str]) -> str:
         about = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-    def differences(self, other: Manifest, *, device: bool = False) -> list[str]:
-        """In what `other` is another encoding than this one, in the user's words.
-
-        How a checkpoint prepares its inputs, and `batch_size=auto`, are known only once it is
-        loaded; before, they are empty. What a source is called (`pics`, `/data/pics`) makes no
-        other one of it.
-
-        Args:
-            device: whether the kind of device counts, since one store is made on one kind.
-        """
-        late = ("preprocessing", "tokenizer", "batch_size")
-        known = {n: w for n, w in _IDENTITY.items() if n not in late or self._both(other, n)}
-        if self.source_fingerprint == other.source_fingerprint:
-            del known["source"]
-        if device:
-            known["device"] = "the device"
-        return self.differences_in(other, known)
-
-    def _both(self, other: Manifest, name: str) -> bool:
-        return bool(getattr(self, name) and getattr(other, name))
-
-    def differences_in(self, other: Manifest, names: Mapping[str, str]) -> list[str]:
-        """The same of some fields, by what the user calls them."""
-        return [
-            f"{words} is {getattr(self, name)} there and {getattr(other, name)} here"
-            for name, words in names.items()
-            if getattr(self, name) != getattr(other, name)
-        ]
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from twotower.checkpoint.atomic import replacing
+from twotower.checkpoint.atomic import is_taken, replacing
 from twotower.embedding.layout import FloatArray, FloatRows, IntArray, Manifest
 from twotower.embedding.store import EmbeddingStore
 from twotower.settings import ConfigError
@@ -80,7 +80,7 @@ def check_legacy_folder(folder: Path) -> None:
     Raises:
         ConfigError: it is a file, or not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigError(f"{folder} is not empty; give encode.legacy_output an empty folder")
 
 

@@ -17,6 +17,7 @@ from twotower.data.pairs import PairTable
 from twotower.distributed import is_launched_main
 from twotower.embedding.changes import Changes, find_changes
 from twotower.embedding.claims import Claims
+from twotower.embedding.fingerprint import differences
 from twotower.embedding.folders import beside, clear
 from twotower.embedding.layout import (
     DELETED,
@@ -126,9 +127,9 @@ def _updatable(output: Path, plan: Manifest) -> Manifest:
     alike = dataclasses.replace(
         plan, source=there.source, source_fingerprint=there.source_fingerprint
     )
-    if differences := there.differences(alike):
+    if different := differences(there, alike):
         raise ConfigError(
-            f"{output} holds another encoding, which cannot be updated: {'; '.join(differences)}; "
+            f"{output} holds another encoding, which cannot be updated: {'; '.join(different)}; "
             "choose another folder with encode.output=..., or replace it with encode.overwrite=true"
         )
     return there

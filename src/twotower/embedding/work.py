@@ -21,6 +21,7 @@ from twotower.distributed import (
     Stopped,
     is_main_process,
     local_world_size,
+    num_threads,
     on_main,
     resolve_device,
     world_size,
@@ -125,7 +126,7 @@ def run_export(job: ExportJob) -> ExportResult | None:
     if plan.source_fingerprint != job.plan.source_fingerprint:
         raise ConfigError("the source has changed since the first process looked; run this again")
     started = time.monotonic()
-    with _stopping_at_once(), _num_threads(plan.threads), Claims(job.folder) as claims:
+    with _stopping_at_once(), num_threads(plan.threads), Claims(job.folder) as claims:
         clock = ShardEncoder(encoder, job.pairs, job.encode, writer).run(claims, missing)
         if not is_main_process():
             return None
@@ -179,16 +180,6 @@ def _stopping_at_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _num_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _batch_size_of(folder: Path) -> int:

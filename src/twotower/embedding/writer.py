@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from twotower.checkpoint.atomic import replacing
 from twotower.checkpoint.native import file_sha256
+from twotower.embedding.fingerprint import differences
 from twotower.embedding.folders import clear
 from twotower.embedding.layout import (
     DONE,
@@ -92,13 +93,13 @@ class StoreWriter:
         """
         there = Manifest.read(folder) if (folder / MANIFEST).exists() else None
         finished = there is not None and there.complete and there.is_whole(folder)
-        differences = there.differences(plan, device=anew or not finished) if there else []
-        if differences and not anew:
+        different = differences(there, plan, device=anew or not finished) if there else []
+        if different and not anew:
             raise ConfigError(
-                f"{folder} holds another encoding: {'; '.join(differences)}; choose another folder "
+                f"{folder} holds another encoding: {'; '.join(different)}; choose another folder "
                 "with encode.output=..., or replace it with encode.overwrite=true"
             )
-        if differences:
+        if different:
             clear(folder)
             there, finished = None, False
         plan = dataclasses.replace(plan, threads=there.threads) if there else plan

@@ -38,14 +38,17 @@ def _pixels(picture: Picture) -> tuple[Tensor, tuple[int, int]]:
 
 
 def _resize(
-    pixels: Tensor, size: tuple[int, int], covered: tuple[float, float], how: Interpolation
+    pixels: Tensor,
+    size: tuple[int, int],
+    how: Interpolation,
+    covered: tuple[float, float] | None = None,
 ) -> Tensor:
     """Antialiased, (1, 3, h, w) -> (3, *size), channels last.
 
-    `covered` are the rows and columns, and parts of them, that become `size`: of 1,333 columns at
-    half size 667 are decoded, of which the last is covered by half.
+    `covered` are the rows and columns, and parts of them, that become `size`, by default all: of
+    1,333 columns at half size 667 are decoded, of which the last is covered by half.
     """
-    if covered == tuple(pixels.shape[-2:]):
+    if covered is None or covered == tuple(pixels.shape[-2:]):
         return F.interpolate(pixels, size, mode=how.value, antialias=True)[0]
     scales = tuple(to / of * (1 + 1e-9) for to, of in zip(size, covered, strict=True))
     resized = F.interpolate(pixels, scale_factor=scales, mode=how.value, antialias=True)
@@ -83,7 +86,7 @@ class EvalTransform:
         covered = _covered(pixels, (height, width))
         short = min(height, width)
         height, width = int(size * height / short), int(size * width / short)
-        pixels = _resize(pixels, (height, width), covered, self.interpolation)
+        pixels = _resize(pixels, (height, width), self.interpolation, covered)
         top, left = round((height - size) / 2), round((width - size) / 2)
         return _dense(pixels[:, top : top + size, left : left + size])
 
@@ -142,8 +145,7 @@ class TrainTransform:
         top, bottom = round(box[0] * down), round((box[0] + box[2]) * down)
         left, right = round(box[1] * across), round((box[1] + box[3]) * across)
         pixels = pixels[..., top : max(bottom, top + 1), left : max(right, left + 1)]
-        whole_cut = (pixels.shape[-2], pixels.shape[-1])
-        pixels = _resize(pixels, (self.size, self.size), whole_cut, self.interpolation)
+        pixels = _resize(pixels, (self.size, self.size), self.interpolation)
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
         return _dense(pixels)

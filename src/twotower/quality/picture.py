@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from twotower.data.heif import open_image, why_unknown
 from twotower.data.images import UnreadableImage, decode_image
+from twotower.data.jpeg import orientation_of, turbo, upright
 from twotower.data.places import read_bytes, state_of
 from twotower.quality.jpeg import damage
 
@@ -22,16 +23,6 @@ SIDE, COLOUR_SIDE = 32, 8  # of a thumb's luminance, and of each of its colour p
 THUMB = SIDE**2 + 2 * COLOUR_SIDE**2  # bytes
 DECODED = 128  # a large JPEG is decoded at the smallest scale with this side or more
 BLANK = 3.0  # standard deviation of luminance in levels, below which there is nothing to compare
-ORIENTATION = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 MODES = {"CMYK": "cmyk", "P": "palette", "PA": "palette", "L": "greyscale", "LA": "greyscale"}
 
 
@@ -110,7 +101,7 @@ def _header(data: bytes, limits: Limits, known: dict[str, Any]) -> int:
             known.update(format=image.format or "", width=width, height=height, mode=image.mode)
             if width * height > limits.max_pixels:
                 raise _Fault("huge", f"{width} x {height} pixels: refused without decoding")
-            orientation = _orientation(image)
+            orientation = orientation_of(image)
             known["traits"] = tuple(_traits(image, orientation, limits))
             return orientation
     except _Fault:
@@ -125,13 +116,6 @@ def _header(data: bytes, limits: Limits, known: dict[str, Any]) -> int:
         raise _Fault("unreadable", reason or type(error).__name__) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata is no reason to lose the picture
-        return 1
-
-
 def _traits(image: Image.Image, orientation: int, limits: Limits) -> list[str]:
     traits = []
     if min(image.size) < limits.min_side:
@@ -142,7 +126,7 @@ def _traits(image: Image.Image, orientation: int, limits: Limits) -> list[str]:
         traits.append("16-bit")
     if image.has_transparency_data:
         traits.append("alpha")
-    if orientation in TURNS:
+    if orientation != 1:
         traits.append("exif_rotated")
     # An MPO file is a photograph of a phone with a second view behind it.
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -155,9 +139,7 @@ def _pixels(data: bytes, kind: str, mode: str, orientation: int) -> npt.NDArray[
     if kind in ("JPEG", "MPO") and mode in ("L", "RGB"):
         pixels = _jpeg(data)
         if pixels is not None:
-            if orientation in TURNS:
-                return np.asarray(Image.fromarray(pixels).transpose(TURNS[orientation]))
-            return pixels
+            return upright(pixels, orientation)
     try:
         return np.asarray(decode_image(data))
     except UnreadableImage as error:
@@ -166,12 +148,8 @@ def _pixels(data: bytes, kind: str, mode: str, orientation: int) -> npt.NDArray[
 
 def _jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
     """A JPEG by libjpeg-turbo with its warnings as faults; None for one that it does not know."""
-    import simplejpeg
-
     try:
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=DECODED, min_width=DECODED
-        )
+        pixels = turbo(data, DECODED)
         if unseen := damage(data):
             raise _Fault("damaged", unseen)
         return pixels

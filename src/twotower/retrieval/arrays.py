@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,28 +18,58 @@ Array = npt.NDArray[Any]
 TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I8": np.int8}
 NAMES = {np.dtype(kind): name for name, kind in TYPES.items()}
 WRITE_ROWS = 1 << 16  # rows in memory at a time
+ABOUT = "__metadata__"  # texts by name; the format's own word for them
 
 
-def write_arrays(file: Path, arrays: Mapping[str, Sequence[Array]]) -> None:
-    """Write arrays by name, each the concatenation of parts (n, ...) of one type and width."""
-    header, offset = {}, 0
-    for name, parts in arrays.items():
-        end = offset + sum(part.nbytes for part in parts)
-        shape = [sum(len(part) for part in parts), *parts[0].shape[1:]]
-        about = {"dtype": NAMES[parts[0].dtype], "shape": shape, "data_offsets": [offset, end]}
-        header[name], offset = about, end
+class Stream(NamedTuple):
+    """An array of a known type and shape, in parts (n, ...) that are made as they are written."""
+
+    kind: np.dtype[Any]
+    shape: tuple[int, ...]
+    parts: Iterable[Array]
+
+
+def whole(array: Array) -> Stream:
+    """An array that is there already."""
+    return Stream(array.dtype, array.shape, [array])
+
+
+def chosen(array: Array, which: npt.NDArray[np.bool_]) -> Stream:
+    """The rows of an array (n, ...) that a mask (n,) has, copied a few at a time."""
+
+    def parts() -> Iterator[Array]:
+        for start in range(0, len(array), WRITE_ROWS):
+            here = which[start : start + WRITE_ROWS]
+            part = array[start : start + WRITE_ROWS]
+            yield part if here.all() else part[here]
+
+    return Stream(array.dtype, (int(which.sum()), *array.shape[1:]), parts())
+
+
+def write_arrays(
+    file: Path, arrays: Mapping[str, Stream], about: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays by name, part by part, and texts about them."""
+    header: dict[str, Any] = {ABOUT: dict(about)} if about else {}
+    offset = 0
+    for name, (kind, shape, _) in arrays.items():
+        end = offset + kind.itemsize * int(np.prod(shape, dtype=int))
+        header[name] = {"dtype": NAMES[kind], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for parts in arrays.values():
-            for part in parts:
-                for start in range(0, len(part), WRITE_ROWS):
-                    out.write(np.ascontiguousarray(part[start : start + WRITE_ROWS]).data)
+        for name, stream in arrays.items():
+            for part in stream.parts:
+                if len(part):
+                    assert (part.dtype, part.shape[1:]) == (stream.kind, stream.shape[1:]), name
+                    out.write(np.ascontiguousarray(part).data)
+            assert out.tell() == 8 + len(text) + header[name]["data_offsets"][1], name
 
 
-def map_arrays(file: Path) -> dict[str, Array]:
-    """The arrays of a safetensors file, memory-mapped read-only.
+def map_arrays(file: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays of a safetensors file, memory-mapped read-only, and the texts about them.
 
     Raises:
         ValueError: the file is cut, or is none.
@@ -50,10 +80,9 @@ def map_arrays(file: Path) -> dict[str, Array]:
         if not 0 < length <= size - 8:
             raise ValueError(f"{file} has no header")
         header = json.loads(read.read(length))
+    texts: dict[str, str] = header.pop(ABOUT, {})
     arrays: dict[str, Array] = {}
     for name, about in header.items():
-        if name == "__metadata__":
-            continue
         start, end = about["data_offsets"]
         kind, shape = np.dtype(TYPES[about["dtype"]]), tuple(about["shape"])
         if 8 + length + end > size or end - start != kind.itemsize * np.prod(shape, dtype=int):
@@ -64,4 +93,4 @@ def map_arrays(file: Path) -> dict[str, Array]:
             if empty
             else np.memmap(file, kind, "r", offset=8 + length + start, shape=shape)
         )
-    return arrays
+    return arrays, texts

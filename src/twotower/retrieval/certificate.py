@@ -8,12 +8,18 @@ r what rounding left. A unit query q is `R q = t c + u`. With e = |r| and n = s 
 by Cauchy and Schwarz. The rotation spreads a vector over all dimensions, which makes r small; the
 centre makes n small, and what it adds to a score is the same for all rows of a query. Nothing is
 assumed of either: R is orthogonal only up to rounding, and by how much is measured in fp64.
+
+Where few directions hold most of the energy, R brings these first, the head (principal components,
+mixed at random among themselves), and the others, the tail, behind them; codes of the head stand
+for 2 s p, as its values are larger. Then q.x - q.centre is at most |tail of R q| |tail of
+R (x - centre)| from what the head alone says, and a scan need not read the tails of most rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +34,11 @@ BLOCK = 512  # dimensions rotated together: the work is rows x dim x block
 CHUNK = 2048  # rows quantised at a time: 8 MB in fp64 at 512 dimensions
 CENTRE_ROWS = 65_536  # rows that the centre is the mean of
 SEED = 20_240_607
+TAIL_ENERGY = 0.17  # of all energy, at most; less makes the bound tighter and the head longer
+HEAD_STEP = 16  # dimensions
+HEAD_SCALE = 2  # scan.c shifts by two bits: twice for rows and for queries
+LONGEST_HEAD = 0.5  # of all dimensions: beyond, too little is left to be saved
+LARGEST_DIM = 1024  # that principal components are computed of, at 16 rows a dimension
 # Of |row| + |codes|: fp32 rounding of scores by codes, ties within two fp32 steps, fp64 rounding.
 ARITHMETIC = 1e-6
 ROUND_UP = 1 + 2.0**-20  # what is rounded to fp32 is still a bound
@@ -35,58 +46,83 @@ SMALLEST = 2.0**-100  # below it scales are 0: no fp32 product may lose bits to 
 
 
 class CodedRows(NamedTuple):
-    """Codes (n, dim), and scale, error and norm (n,) of each row, in fp32."""
+    """Codes (n, dim), and scale, error and norm (n,) of each row, in fp32.
+
+    `norm` is that of all codes, `tail_norm` (n,) that of the tail before it was coded.
+    """
 
     codes: Codes
     scale: FloatArray
     error: FloatArray
     norm: FloatArray
+    tail_norm: FloatArray
 
     def part(self, start: int, stop: int) -> CodedRows:
         """Some of them."""
-        return CodedRows(
-            self.codes[start:stop],
-            self.scale[start:stop],
-            self.error[start:stop],
-            self.norm[start:stop],
-        )
+        return CodedRows(*(getattr(self, name)[start:stop] for name in self._fields))
+
+
+class QueryCodes(NamedTuple):
+    """Codes (Q, dim), scales, errors, and norms of the tail (Q,) of unit queries."""
+
+    codes: Codes
+    scale: FloatArray
+    error: FloatArray
+    tail_norm: FloatArray
 
 
 @dataclass(frozen=True)
 class Frame:
     """The centre (dim,) and the rotation: an order of dimensions, and a matrix a block of them.
 
-    `slack` bounds by how much a score changes because the matrices are orthogonal but for rounding.
+    `head` is the number of dimensions before the tail: all of them where there is none. `slack`
+    bounds by how much a score changes because the matrices are orthogonal but for rounding.
     """
 
     centre: Float64Array
     order: IdArray
     blocks: tuple[FloatArray, ...]
+    head: int
     slack: float
 
     @classmethod
-    def of(cls, rows: AnyFloatArray, seed: int = SEED) -> Frame:
+    def of(cls, rows: AnyFloatArray, seed: int = SEED, tail_energy: float | None = None) -> Frame:
         """A frame whose centre is the mean of rows (N, dim), of some of them where there are many.
 
-        The same seed and dimension give the same rotation on one machine; indexes keep theirs.
+        With `tail_energy`, such as TAIL_ENERGY, it has a tail that holds at most this share of all
+        energy, if that leaves a head worth having. The same seed and rows give the same rotation on
+        one machine; indexes keep theirs.
         """
         step = max(1, len(rows) // CENTRE_ROWS)
-        centre = rows[::step].mean(axis=0, dtype=np.float64)
+        centre = rows[::step].mean(axis=0, dtype=np.float64).astype(np.float32)
         rng = np.random.default_rng(seed)
         dim = rows.shape[1]
+        if tail_energy is not None and dim <= LARGEST_DIM and len(rows) >= 4 * dim:
+            axes, head = principal_axes(rows, centre, tail_energy)
+            if head:
+                mixed = [
+                    _orthogonal(rng, len(part)).astype(np.float64) @ part
+                    for part in (axes[:head], axes[head:])
+                ]
+                block = np.concatenate(mixed).astype(np.float32)
+                return cls.of_parts(centre, np.arange(dim), [block], head)
         order = rng.permutation(dim)
         edges = np.linspace(0, dim, -(-dim // BLOCK) + 1).astype(int)
         blocks = [_orthogonal(rng, size) for size in np.diff(edges)]
-        # fp32 and no finer: it is what `of_parts` gets when an index is loaded.
-        return cls.of_parts(centre.astype(np.float32), order, blocks)
+        return cls.of_parts(centre, order, blocks, dim)
 
     @classmethod
     def of_parts(
-        cls, centre: FloatArray, order: IdArray, blocks: list[FloatArray] | tuple[FloatArray, ...]
+        cls, centre: FloatArray, order: IdArray, blocks: Sequence[FloatArray], head: int
     ) -> Frame:
-        """The frame that has these parts."""
+        """The frame that has these parts, all of them as a file keeps them."""
         slack = max(_distance_from_orthogonal(block) for block in blocks)
-        return cls(centre.astype(np.float64), order, tuple(blocks), slack)
+        return cls(centre.astype(np.float64), order, tuple(blocks), head, slack)
+
+    @cached_property
+    def columns(self) -> tuple[FloatArray, ...]:
+        """The transposed matrices."""
+        return tuple(np.ascontiguousarray(block.T) for block in self.blocks)
 
     def rotate(self, vectors: Float64Array) -> Float64Array:
         """R times each of (n, dim)."""
@@ -106,33 +142,76 @@ class Frame:
         length = np.sqrt(np.einsum("nd,nd->n", rows, rows))
         rows -= self.centre
         moved = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        rotated = self.rotate(rows)
-        codes, scale, error, norm = quantise(rotated)
+        made = self._quantise(self.rotate(rows))
+        error, norm = made.error, made.norm
         error = error + self.slack * (error + moved) + ARITHMETIC * (norm + error + moved + length)
-        return CodedRows(
-            codes,
-            scale,
-            (error * ROUND_UP + SMALLEST).astype(np.float32),
-            (norm * ROUND_UP).astype(np.float32),
-        )
+        return CodedRows(made.codes, made.scale, _above(error), _above(norm), made.tail_norm)
 
-    def code_queries(self, unit: Float64Array) -> tuple[Codes, FloatArray, FloatArray]:
-        """Codes (Q, dim), scales t and errors |u| (Q,) of queries of unit norm."""
-        codes, scale, error, _ = quantise(self.rotate(unit))
-        return codes, scale, (error * ROUND_UP + SMALLEST).astype(np.float32)
+    def code_rotated(self, rotated: Float64Array) -> QueryCodes:
+        """Codes (Q, dim), scales t, errors |u| and so on (Q,) of rotated queries of unit norm.
+
+        `rotated` is overwritten.
+        """
+        made = self._quantise(rotated)
+        return QueryCodes(made.codes, made.scale, _above(made.error), made.tail_norm)
+
+    def _quantise(self, rotated: Float64Array) -> _Quantised:
+        """Codes, the head's at twice the scale; `rotated` is overwritten."""
+        steps = np.ones(rotated.shape[1])
+        if self.head < len(steps):
+            steps[: self.head] = HEAD_SCALE
+        tail = rotated[:, self.head :]
+        tail_norm = np.sqrt(np.einsum("nd,nd->n", tail, tail))
+        return _Quantised(*quantise(rotated, steps), _above(tail_norm))
 
 
-def quantise(values: Float64Array) -> tuple[Codes, FloatArray, Float64Array, Float64Array]:
-    """Codes of -127 to 127, scales, norms of what is lost, norms of what is kept; row by row.
+class _Quantised(NamedTuple):
+    """Codes, scales, norms of what is lost and of what is kept, and of the tail."""
 
-    `values` is overwritten.
+    codes: Codes
+    scale: FloatArray
+    error: Float64Array
+    norm: Float64Array
+    tail_norm: FloatArray
+
+
+def principal_axes(
+    rows: AnyFloatArray, centre: FloatArray, tail_energy: float
+) -> tuple[Float64Array, int]:
+    """The principal axes (dim, dim) of rows, a row each, and how many of them make the head.
+
+    Taken from 16 rows a dimension. The head is 0 where too many axes hold energy.
     """
-    scale = (np.abs(values).max(axis=1) / 127).astype(np.float32)
+    dim = rows.shape[1]
+    some = rows[:: max(1, len(rows) // (16 * dim))].astype(np.float64) - centre
+    energy, axes = np.linalg.eigh(some.T @ some)  # ascending
+    energy = np.maximum(energy[::-1], 0)
+    left = 1 - np.cumsum(energy) / max(energy.sum(), SMALLEST)
+    for head in range(HEAD_STEP, int(dim * LONGEST_HEAD) + 1, HEAD_STEP):
+        if left[head - 1] <= tail_energy:
+            return axes.T[::-1], head
+    return axes.T[::-1], 0
+
+
+def _above(values: Float64Array) -> FloatArray:
+    """Not less than the values, in fp32."""
+    return (values * ROUND_UP + SMALLEST).astype(np.float32)
+
+
+def quantise(
+    values: Float64Array, steps: Float64Array
+) -> tuple[Codes, FloatArray, Float64Array, Float64Array]:
+    """Codes p of -127 to 127, scales s, norms of what is lost and of what is kept, row by row.
+
+    `steps` (dim,) times s is what p is multiplied by. `values` (n, dim) is overwritten.
+    """
+    scale = ((np.abs(values) / steps).max(axis=1) / 127).astype(np.float32)
     scale[scale < SMALLEST] = 0
     wide = scale.astype(np.float64)
-    near = np.rint(values / np.where(wide > 0, wide, np.inf)[:, None])
+    near = np.rint(values / steps / np.where(wide > 0, wide, np.inf)[:, None])
     np.clip(near, -127, 127, out=near)
     codes = near.astype(np.int8)
+    near *= steps
     near *= wide[:, None]
     norm = np.sqrt(np.einsum("nd,nd->n", near, near))
     values -= near

@@ -178,15 +178,14 @@ def _of_files(
         for start in range(0, len(pictures), BATCH):
             part = pictures[start : start + BATCH]
             vectors = encoder.encode_images(part, errors="none")
+            known = [vector for vector in vectors if vector is not None]
+            found = iter(
+                classifier.labels(np.stack(known), section.k, section.threshold) if known else []
+            )
             for path, vector in zip(part, vectors, strict=True):
                 if vector is None:
                     log.warning("%s cannot be read and has no label", path)
-                    yield str(path), []
-                else:
-                    yield (
-                        str(path),
-                        classifier.labels(vector[None], section.k, section.threshold)[0],
-                    )
+                yield str(path), [] if vector is None else next(found)
             line.advance(len(part))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 
@@ -24,15 +25,18 @@ DEAD = -np.inf  # an error that no threshold lets through: of deleted rows and u
 class Shard:
     """Places for rows, of which the first `used` are taken.
 
-    `codes` is (panels, words, 64, 4) bytes, each 128 above its code, or (places, dim) int8.
+    `codes` is (panels, words, 64, 4) bytes, each 128 above its code, or (places, dim) int8; so is
+    `tail`, whose columns are empty where there is none.
     """
 
     first: int
     used: int
     codes: npt.NDArray[np.generic]
+    tail: npt.NDArray[np.generic]
     scale: FloatArray
     error: FloatArray
     norm: FloatArray
+    tail_norm: FloatArray
 
     @property
     def places(self) -> int:
@@ -46,6 +50,7 @@ class CodeStore:
     def __init__(self, dim: int, packed: bool, shard_rows: int = SHARD_ROWS) -> None:
         self.packed = packed
         self.width = -(-dim // 8) * 8  # what an int8 product likes; the rest are zeros
+        self.head = self.width  # of which so many dimensions are the head
         self.shards: list[Shard] = []
         self._dim = dim
         self._shard_rows = shard_rows
@@ -53,7 +58,14 @@ class CodeStore:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, errors and norms."""
-        return sum(shard.codes.nbytes + 3 * shard.scale.nbytes for shard in self.shards)
+        columns = 4 if self.head < self.width else 3
+        codes = sum(shard.codes.nbytes + shard.tail.nbytes for shard in self.shards)
+        return codes + sum(columns * shard.scale.nbytes for shard in self.shards)
+
+    def split(self, head: int) -> None:
+        """Keep the dimensions from `head` on apart, if there are any; the store must be empty."""
+        assert not self.shards
+        self.head = head if head < self._dim else self.width
 
     def reserve(self, count: int) -> None:
         """Make room in the last shard, if it will be asked for, without copying later."""
@@ -86,18 +98,22 @@ class CodeStore:
 
     def _empty(self, first: int, places: int) -> Shard:
         places = min(-(-places // PANEL) * PANEL, -(-self._shard_rows // PANEL) * PANEL)
-        raw = huge_pages(places * self.width)
+        codes = self._codes(places, self.head)
+        tail = self._codes(places, self.width - self.head)
+        scale, norm, tail_norm = (np.zeros(places, np.float32) for _ in range(3))
+        error = np.full(places, DEAD, np.float32)
+        return Shard(first, 0, codes, tail, scale, error, norm, tail_norm)
+
+    def _codes(self, places: int, width: int) -> npt.NDArray[np.generic]:
+        raw = huge_pages(places * width)
         if self.packed:
-            codes: npt.NDArray[np.generic] = raw.reshape(-1, self.width // 4, PANEL, 4)
-        else:
-            codes = raw.view(np.int8).reshape(places, self.width)
-        scale, norm = np.zeros(places, np.float32), np.zeros(places, np.float32)
-        return Shard(first, 0, codes, scale, np.full(places, DEAD, np.float32), norm)
+            return raw.reshape(places // PANEL, width // 4, PANEL, 4)
+        return raw.view(np.int8).reshape(places, width)
 
     def _grow(self, shard: Shard, places: int) -> None:
         """Give a shard at least twice the places."""
         larger = self._empty(shard.first, max(places, 2 * shard.places))
-        for name in ("codes", "scale", "error", "norm"):
+        for name in ("codes", "tail", "scale", "error", "norm", "tail_norm"):
             old = getattr(shard, name)
             getattr(larger, name)[: len(old)] = old
             setattr(shard, name, getattr(larger, name))
@@ -106,20 +122,17 @@ class CodeStore:
         start, stop = shard.used, shard.used + len(rows.scale)
         shard.scale[start:stop], shard.norm[start:stop] = rows.scale, rows.norm
         shard.error[start:stop] = rows.error
+        if self.head < self.width:
+            shard.tail_norm[start:stop] = rows.tail_norm
         if not self.packed:
             shard.codes[start:stop, : self._dim] = rows.codes
             return
         flipped = np.full((len(rows.scale), self.width), 0x80, np.uint8)
         flipped[:, : self._dim] = rows.codes.view(np.uint8) ^ 0x80
         words = flipped.reshape(len(flipped), -1, 4)
-        head = min(-start % PANEL, len(words))
-        even = head + (len(words) - head) // PANEL * PANEL
-        for low, high in ((0, head), (even, len(words))):
-            place = np.arange(start + low, start + high)
-            shard.codes[place // PANEL, :, place % PANEL] = words[low:high]
-        panels = words[head:even].reshape(-1, PANEL, self.width // 4, 4).transpose(0, 2, 1, 3)
-        first = (start + head) // PANEL
-        shard.codes[first : first + len(panels)] = panels
+        _write_panels(shard.codes, start, words[:, : self.head // 4])
+        if self.head < self.width:
+            _write_panels(shard.tail, start, words[:, self.head // 4 :])
 
     def delete(self, positions: IdArray) -> None:
         """Let the rows at these positions, counted through all shards, never be found again."""
@@ -128,6 +141,8 @@ class CodeStore:
             place = positions[inside] - shard.first
             shard.error[place] = DEAD
             shard.scale[place] = shard.norm[place] = 0
+            if self.head < self.width:
+                shard.tail_norm[place] = 0
 
     def rows(self, start: int, stop: int) -> CodedRows:
         """The codes at positions start to stop - 1, as they were added."""
@@ -135,8 +150,9 @@ class CodeStore:
         for shard in self.shards:
             low, high = max(start - shard.first, 0), min(stop - shard.first, shard.used)
             if low < high:
-                columns = (shard.scale[low:high], shard.error[low:high], shard.norm[low:high])
-                parts.append(CodedRows(self._unpacked(shard, low, high), *columns))
+                columns = (shard.scale, shard.error, shard.norm, shard.tail_norm)
+                codes = self._unpacked(shard, low, high)
+                parts.append(CodedRows(codes, *(column[low:high] for column in columns)))
         return CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _unpacked(self, shard: Shard, low: int, high: int) -> Codes:
@@ -144,17 +160,33 @@ class CodeStore:
             plain: Codes = shard.codes[low:high, : self._dim].view(np.int8)
             return plain
         place = np.arange(low, high)
-        words = shard.codes[place // PANEL, :, place % PANEL].view(np.uint8)
-        codes: Codes = (words.reshape(len(words), -1)[:, : self._dim] ^ 0x80).view(np.int8)
+        both = [
+            panels[place // PANEL, :, place % PANEL].view(np.uint8).reshape(len(place), -1)
+            for panels in (shard.codes, shard.tail)
+        ]
+        codes: Codes = (np.concatenate(both, axis=1)[:, : self._dim] ^ 0x80).view(np.int8)
         return codes
+
+
+def _write_panels(panels: npt.NDArray[np.generic], start: int, words: Bytes) -> None:
+    """Put the codes (n, words, 4) of rows into panels (N, words, 64, 4), from row `start` on."""
+    head = min(-start % PANEL, len(words))
+    even = head + (len(words) - head) // PANEL * PANEL
+    for low, high in ((0, head), (even, len(words))):
+        place = np.arange(start + low, start + high)
+        panels[place // PANEL, :, place % PANEL] = words[low:high]
+    whole = words[head:even].reshape(-1, PANEL, *words.shape[1:]).transpose(0, 2, 1, 3)
+    first = (start + head) // PANEL
+    panels[first : first + len(whole)] = whole
 
 
 def huge_pages(size: int) -> Bytes:
     """Zeroed bytes, on huge pages where the system has them: a scan is up to 1.3 times as fast."""
-    if size < HUGE:
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.zeros(size, np.uint8)
-    memory = mmap.mmap(-1, size + HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # Private: shared memory, which is Python's default, is mostly refused huge pages by the system.
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     everything = np.frombuffer(memory, np.uint8)
     start = -everything.ctypes.data % HUGE

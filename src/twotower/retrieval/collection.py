@@ -52,9 +52,21 @@ class Collection:
         self.modality = modality
         self.row_ids = row_ids
         self._passing: dict[str, IdArray] = {}
+        self._deleted: IdArray = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def delete(self, ids: IdArray) -> None:
+        """Delete rows by their ids from what is searched; the store keeps them.
+
+        Deleting them in the index alone would leave them among what a filter selects.
+
+        Raises:
+            ConfigError: as `VectorIndex.delete` does.
+        """
+        self.index.delete(ids)
+        self._deleted = np.union1d(self._deleted, ids)
 
     def passing(self, filter_text: str) -> IdArray:
         """The ids of the rows that pass a filter, ascending.
@@ -69,7 +81,7 @@ class Collection:
             if len(self._passing) == KEPT_FILTERS:
                 del self._passing[next(iter(self._passing))]
             self._passing[filter_text] = ids
-        return self._passing[filter_text]
+        return np.setdiff1d(self._passing[filter_text], self._deleted, assume_unique=True)
 
     def vectors(self, row_ids: IdArray) -> AnyFloatArray:
         """The vectors (N, D) of these rows, as the store holds them."""

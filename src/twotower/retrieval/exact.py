@@ -7,14 +7,14 @@ eight bits with bounds, in C or with torch, or fp32 scores with the bound of the
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from twotower.config import IndexConfig, Metric
-from twotower.retrieval.arrays import Array, map_arrays, write_arrays
+from twotower.retrieval.arrays import chosen, map_arrays, whole, write_arrays
 from twotower.retrieval.candidates import rank_in_query
 from twotower.retrieval.certificate import Float64Array
 from twotower.retrieval.index import (
@@ -30,9 +30,12 @@ from twotower.retrieval.index import (
     norms_of,
 )
 from twotower.retrieval.reference_scan import ReferenceScan
-from twotower.retrieval.rows import Rows, as_stored
+from twotower.retrieval.row_files import RowFile
+from twotower.retrieval.rows import KeptRows, Rows, as_stored
 from twotower.retrieval.tiers import Tier, make_scan
 from twotower.settings import ConfigError, setting
+
+FILES = "row_files"  # what a saved index says of rows that lie outside of it
 
 
 class RowMemory(enum.Enum):
@@ -157,36 +160,52 @@ class ExactIndex:
         return scores, ties
 
     def write(self, file: Path) -> None:
-        """Write rows, ids and codes, of rows that are not deleted, to a safetensors file.
+        """Write rows, norms, ids and codes to a safetensors file, a few at a time.
 
-        Rows are copied a few at a time: there may be more than memory holds.
+        Rows that are mapped from a store's file stay there, and this file names it; of such a file
+        deleted rows keep their places. Elsewhere they are left out.
         """
         ids = self._rows.ids.array
-        alive = ids >= 0
-        arrays: dict[str, Sequence[Array]] = {"ids": [ids[alive]]}
+        kept = ids >= 0
+        arrays, files = {}, {}
         for number, part in enumerate(self._rows.parts):
-            here = alive[part.start : part.start + len(part.rows)]
-            whole = bool(here.all())
-            arrays[f"rows.{number:06d}"] = [part.rows if whole else part.rows[here]]
+            name = f"rows.{number:06d}"
+            here = slice(part.start, part.start + len(part.rows))
+            if part.file:
+                files[name] = part.file.to_plain(file.parent)
+                kept[here] = True
+            else:
+                arrays[name] = chosen(part.rows, kept[here])
+        arrays.update(ids=whole(ids[kept]), norms=whole(self._rows.norms()[kept]))
         if self._scan:
-            arrays.update(self._scan.coded.arrays(alive))
-        write_arrays(file, arrays)
+            arrays.update(self._scan.coded.arrays(kept))
+        write_arrays(file, arrays, {FILES: json.dumps(files)})
 
     def read(self, file: Path) -> None:
-        """Take over what `write` wrote; rows stay in the file where the config says `stored`."""
-        arrays = map_arrays(file)
-        ids = np.array(arrays["ids"])
+        """Take over what `write` wrote; rows stay in files where the config says `stored`.
+
+        Raises:
+            ConfigError: a store's file that holds rows has changed or is not there.
+        """
+        arrays, about = map_arrays(file)
+        files = {
+            name: RowFile.of_plain(plain, file.parent)
+            for name, plain in json.loads(about[FILES]).items()
+        }
         stored = self.config.memory is RowMemory.stored
-        for name in sorted(name for name in arrays if name.startswith("rows.")):
-            rows = arrays[name] if stored else np.array(arrays[name])
-            self._rows.append(rows, ids[self._rows.size :][: len(rows)])
-        if not self._scan:
+        parts: list[KeptRows] = []
+        for name in sorted({name for name in arrays if name.startswith("rows.")} | set(files)):
+            if name in files:
+                parts.append((files[name].rows(), files[name]))
+            else:
+                parts.append((arrays[name] if stored else np.array(arrays[name]), None))
+        ids = np.array(arrays["ids"])
+        self._rows.restore(parts, np.array(arrays["norms"]), ids)
+        if not self._scan or self._scan.coded.take(arrays):
             return
-        if "codes" in arrays:
-            self._scan.coded.take(arrays)
-            return
-        for part in self._rows.parts:  # written where there were no codes
+        for part in self._rows.parts:  # another scan wrote the file, or one without codes
             self._scan.append(part.rows)
+        self._scan.delete(np.flatnonzero(ids < 0))
 
 
 @INDEXES.register("exact", ExactConfig)

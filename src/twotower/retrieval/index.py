@@ -150,6 +150,13 @@ class RowIds:
             self._order = None
         return new
 
+    def restore(self, array: IdArray) -> None:
+        """Take over what `array` gave, deleted places with it; there must be no ids yet."""
+        self._deleted = np.flatnonzero(array < 0)
+        array[self._deleted] = NO_ID - 1 - self._deleted
+        self._parts, self._size = [array], len(array)
+        self._next = max(0, int(array.max()) + 1) if len(array) else 0
+
     def places(self, ids: IdArray) -> IdArray:
         """The places (N,) of ids (N,); -1 for one that is not there."""
         known = self.array

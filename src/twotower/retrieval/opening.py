@@ -19,6 +19,7 @@ from twotower.embedding.layout import MANIFEST
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import sample_positions
 from twotower.retrieval.collection import Collection
+from twotower.retrieval.filter_grammar import parse_filter
 from twotower.retrieval.index import INDEXES, IdArray, Modality
 from twotower.retrieval.kept import open_index
 from twotower.retrieval.searcher import Searcher
@@ -32,16 +33,24 @@ MOST_PARTS = 1000  # collections that index.partition_by may make
 SHOWN = 10  # names in a refusal
 
 
-def open_searcher(config: Config, batch_size: int = 1) -> Searcher:
+def open_searcher(config: Config, batch_size: int = 1, filter_text: str = "") -> Searcher:
     """The collections of a config, and the encoder that made them.
 
+    Args:
+        filter_text: a filter that will be asked for; what is wrong with it is said before anything
+            large is loaded.
+
     Raises:
-        ConfigError: one of them is missing, or the checkpoint is not the one that made the stores.
+        ConfigError: one of them is missing, the checkpoint is not the one that made the stores, or
+            the filter cannot be read.
     """
     if config.distributed.num_threads:
         torch.set_num_threads(config.distributed.num_threads)
     partition_by = config.index.partition_by
     stores = open_stores(store_path(config), [] if partition_by else config.index.collections)
+    if filter_text:
+        for store in stores.values():
+            parse_filter(filter_text, store.schema())
     first, *others = stores.values()
     checkpoint = checkpoint_of(first, config.checkpoint)
     for store in others:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from twotower.checkpoint.atomic import replacing
+from twotower.checkpoint.atomic import is_taken, replacing
 from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.data.places import last_name, read_bytes
@@ -44,10 +44,15 @@ def pick(config: Config, free: FreeText) -> None:
     queries = given_queries(free)
     if not queries:
         raise ConfigError('filter needs a query, for example query="a dog on the beach"')
-    searcher = open_searcher(config)
+    if len(queries) > 1:
+        raise ConfigError(
+            f"filter takes one query, and {free.query_file} has {len(queries)}; run it once for "
+            "each, with an output= of its own"
+        )
+    asked = options_of(config, free)
+    searcher = open_searcher(config, filter_text=asked.filter)
     # Unlike a search's k, the number is a limit that a small store need not reach.
     count = min(config.filtering.num_results, len(searcher))
-    asked = options_of(config, free)
     options = dataclasses.replace(asked, k=count, threshold=config.filtering.threshold)
     hits = searcher.search(queries, options)[0]
     if is_list:
@@ -64,7 +69,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigError: it is a file or not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigError(f"{folder} is not empty; give output= a new folder, or a file to list in")
 
 

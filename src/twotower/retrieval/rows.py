@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,19 +20,25 @@ from twotower.retrieval.index import (
     divisors,
     norms_of,
 )
+from twotower.retrieval.row_files import RowFile
 from twotower.settings import ConfigError
 
 RERANK = 256  # rows scored exactly at a time: 1 MB at 512 dimensions, which stays in the cache
 LARGEST_NORM = 1e38  # beyond it a partial sum could overflow fp32
 MERGE_ROWS = 1 << 17  # parts are merged up to here, so that adding one by one makes no long list
+KeptRows = tuple[AnyFloatArray, RowFile | None]  # rows, and where they lie outside of the index
 
 
 class Part(NamedTuple):
-    """Rows (n, dim) fp32 or fp16, their norms (n,), the position of the first."""
+    """Rows (n, dim) fp32 or fp16, their norms (n,), the position of the first.
+
+    `file` says where they lie if that is outside of the index.
+    """
 
     rows: AnyFloatArray
     norms: Float64Array
     start: int
+    file: RowFile | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -75,13 +82,21 @@ class Rows:
         self.ids.extend(len(rows), ids)
         if not len(rows):
             return
-        self.parts.append(Part(rows, norms, self.size))
+        self.parts.append(Part(rows, norms, self.size, RowFile.of(rows)))
         self.size += len(rows)
         while len(self.parts) > 1 and _alike(*self.parts[-2:]):
             one, other = self.parts[-2:]
             joined = np.concatenate([one.rows, other.rows])
             norms = np.concatenate([one.norms, other.norms])
             self.parts[-2:] = [Part(joined, norms, one.start)]
+
+    def restore(self, parts: Sequence[KeptRows], norms: Float64Array, ids: IdArray) -> None:
+        """Take over saved rows, all norms (N,) and ids (N,); deleted ones are negative."""
+        self.ids.restore(ids)
+        for rows, file in parts:
+            stop = self.size + len(rows)
+            self.parts.append(Part(rows, norms[self.size : stop], self.size, file))
+            self.size = stop
 
     def part_of(self, position: IdArray) -> IdArray:
         """Which part each position is in."""

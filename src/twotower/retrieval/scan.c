@@ -6,7 +6,17 @@
  * t s (c.p) + w reaches the k-th best lower bound t s (c.p) - w. The scores that decide are summed in
  * fp64 in an order that only the dimension decides, so that the answer depends on nothing else.
  *
- * Codes lie in panels of 64 rows: [dim / 4][64][4] bytes, each p + 128. */
+ * Codes lie in panels of 64 rows: [dim / 4][64][4] bytes, each p + 128.
+ *
+ * Where few dimensions hold most of the energy, the first `head` words are those dimensions, at twice
+ * the scale (of rows and queries: four times in products), and the rest, the tail, lies in panels
+ * elsewhere. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x| to what the head says. A search of few queries, whose time is
+ * that of reading the codes, then has phases, if it is given the memory for it:
+ *   heads   what the head says of each row, and the best bound of each panel;
+ *   seed    the rows that look best, scored, make a threshold;
+ *   open    the tails of the panels whose bound reaches it;
+ *   finish  what is left is re-ranked.
+ * Else heads and tails are scanned together. */
 
 #include <float.h>
 #include <math.h>
@@ -16,20 +26,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PANEL 64
-#define TILE 6
+#include "scan_kernels.h"
+
 #define MAX_THREADS 256
 #define GROUP_BYTES (256 * 1024) /* panels that stay in L2 while all queries pass over them */
-#define STREAMS 4 /* places that one query reads from at once: one alone leaves bandwidth unused */
 #define STREAM_BYTES (8 * 1024 * 1024)
-
-enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
-
-typedef struct {
-    const uint8_t *codes;
-    const float *scale, *error, *norm;
-    int64_t panels, first; /* position of the first row */
-} tt_shard;
+#define BROUGHT 1024 /* bytes of a row that are asked for before it is its turn */
+#define TURN_VECTORS 32 /* a thread rotates so many, at least */
+#define SEEDS(k) (4 * (k) + 24) /* rows that look best, of which the k best make a threshold */
 
 typedef struct {
     const void *rows;
@@ -41,15 +45,18 @@ typedef struct {
     const tt_part *parts;
     const int64_t *ids;
     int64_t num_shards, num_parts, dim, words; /* words: dim padded to fours, in fours */
+    int64_t head;               /* words of the head: all, where there is no tail */
     const int8_t *query_codes;  /* (Q, words, 4) */
-    const float *query_scale, *query_error;
+    const float *query_scale, *query_error, *query_tail_norm;
     const double *queries;      /* (Q, dim) */
     const double *query_norm;   /* what a dot product is divided by for the unit query's score */
     const double *query_centre; /* unit query . centre */
     int64_t num_queries, k, cosine, threads, level;
+    int32_t *scratch;      /* of what heads say: 65 numbers a panel and query, as many as there are */
+    int64_t scratch_size;
     int64_t *position; /* (Q, k), -1 where there are fewer rows */
     double *score;     /* (Q, k) */
-    int64_t *count;    /* [0] rows collected, [1] rows re-ranked */
+    int64_t *count;    /* rows collected, rows re-ranked, panels scanned by heads, those opened */
 } tt_job;
 
 typedef struct {
@@ -67,325 +74,30 @@ typedef struct { /* one query in one thread */
     candidate *found;
     exact *best; /* the k best of those re-ranked already, the worst first */
     int64_t in_heap, num_found, room, num_best;
-    float threshold;
-    int32_t correction; /* 128 * sum of the query's code */
+    tt_asked asked;
+    candidate *seeds; /* the rows that look best by their heads, the worst first */
+    int64_t num_seeds;
 } query_state;
 
-typedef void (*dots_function)(const uint8_t *, const uint8_t *, const int32_t *const *, int64_t,
-                              int32_t (*)[PANEL]);
-typedef void (*streams_function)(const uint8_t *const *, const int32_t *, int64_t,
-                                 int32_t (*)[PANEL]);
-typedef int (*bounds_function)(const int32_t *, const tt_shard *, int64_t, float, float, float,
-                               int32_t, float *, float *);
-typedef double (*product_function)(const double *, const void *, int64_t, int64_t, double *);
+typedef struct { /* what all threads know of a search */
+    int64_t group, groups;    /* panels of a group; groups of all shards */
+    int64_t first_group, end; /* groups of this phase */
+    int32_t *dots;            /* by heads, (panels from first_group on, Q, 64) */
+    float *peaks;             /* best bounds, (panels from first_group on, Q) */
+} plan;
 
 typedef struct {
     const tt_job *job;
+    plan *plan;
     query_state *states;
     double *scratch;
     _Atomic int64_t *next;   /* group of panels, then query, that is taken next */
     _Atomic uint32_t *shared; /* thresholds of all threads, as ordered integers */
     query_state *const *all; /* states of each thread */
-    int64_t num_threads, collected, reranked;
-    dots_function dots[TILE + 1];
-    streams_function streams;
-    bounds_function bounds;
-    product_function product;
-    int failed, flips; /* flips: dots are of p, not of p + 128 */
+    int64_t num_threads, collected, reranked, opened;
+    kernels does;
+    int failed;
 } worker;
-
-/* ---- integer dot products of a panel with a few queries ------------------------------------- */
-
-#define DOTS_OF(name, width) \
-    static void name##_##width(const uint8_t *panel, const uint8_t *ahead, \
-                               const int32_t *const *queries, int64_t words, \
-                               int32_t (*out)[PANEL]) { \
-        name(panel, ahead, queries, words, width, out); \
-    }
-#define ALL_DOTS(name, attribute) \
-    attribute DOTS_OF(name, 1) attribute DOTS_OF(name, 2) attribute DOTS_OF(name, 3) \
-    attribute DOTS_OF(name, 4) attribute DOTS_OF(name, 5) attribute DOTS_OF(name, 6)
-#define TABLE_OF(name) {0, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
-
-static inline __attribute__((always_inline)) void plain_dots(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
-    (void)ahead;
-    memset(out, 0, sizeof(out[0]) * (size_t)width);
-    for (int64_t word = 0; word < words; word++)
-        for (int query = 0; query < width; query++) {
-            const int8_t *code = (const int8_t *)(queries[query] + word);
-            for (int row = 0; row < PANEL; row++) {
-                const uint8_t *p = panel + word * (4 * PANEL) + 4 * row;
-                out[query][row] += p[0] * code[0] + p[1] * code[1] + p[2] * code[2] + p[3] * code[3];
-            }
-        }
-}
-ALL_DOTS(plain_dots, )
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#include <immintrin.h>
-#define ON_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define ON_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
-
-/* Sums have names, and loops over them are written out: compilers keep arrays of them in memory. */
-#define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5)
-
-ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
-    const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
-    for (int quarter = 0; quarter < 4; quarter++) {
-        __m256i a0 = _mm256_setzero_si256(), b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0;
-        for (int64_t word = 0; word < words; word++) {
-            const int64_t at = word * (4 * PANEL) + quarter * 64;
-            const __m256i *p = (const __m256i *)(panel + at);
-            if (ahead) _mm_prefetch((const char *)ahead + at, _MM_HINT_T1);
-            /* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
-            const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip);
-            const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip);
-            const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1);
-#define AVX2_STEP(q) \
-    if (width > q) { \
-        const __m256i code = _mm256_set1_epi32(queries[q][word]); \
-        const __m256i c0 = _mm256_maddubs_epi16(m0, _mm256_sign_epi8(code, p0)); \
-        const __m256i c1 = _mm256_maddubs_epi16(m1, _mm256_sign_epi8(code, p1)); \
-        a##q = _mm256_add_epi32(a##q, _mm256_madd_epi16(c0, ones)); \
-        b##q = _mm256_add_epi32(b##q, _mm256_madd_epi16(c1, ones)); \
-    }
-            AVX2_STEP(0) AVX2_STEP(1) AVX2_STEP(2)
-        }
-#define AVX2_STORE(q) \
-    if (width > q) { \
-        _mm256_storeu_si256((__m256i *)(out[q] + quarter * 16), a##q); \
-        _mm256_storeu_si256((__m256i *)(out[q] + quarter * 16 + 8), b##q); \
-    }
-        AVX2_STORE(0) AVX2_STORE(1) AVX2_STORE(2)
-    }
-}
-
-ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
-    avx2_few(panel, ahead, queries, words, width < 3 ? width : 3, out); /* what 16 registers hold */
-    if (width > 3) avx2_few(panel, 0, queries + 3, words, width - 3, out + 3);
-}
-ALL_DOTS(avx2_dots, ON_AVX2)
-
-ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
-    const uint8_t *panel, const uint8_t *ahead, const int32_t *const *queries, int64_t words,
-    const int width, int32_t (*out)[PANEL]) {
-    const __m512i zero = _mm512_setzero_si512();
-#define VNNI_SUMS(q) __m512i a##q = zero, b##q = zero, c##q = zero, d##q = zero;
-    EACH(VNNI_SUMS)
-    for (int64_t word = 0; word < words; word++) {
-        const uint8_t *p = panel + word * (4 * PANEL);
-        const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
-        const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
-        if (ahead) {
-            const char *next = (const char *)ahead + word * (4 * PANEL);
-            _mm_prefetch(next, _MM_HINT_T1);
-            _mm_prefetch(next + 64, _MM_HINT_T1);
-            _mm_prefetch(next + 128, _MM_HINT_T1);
-            _mm_prefetch(next + 192, _MM_HINT_T1);
-        }
-#define VNNI_STEP(q) \
-    if (width > q) { \
-        const __m512i code = _mm512_set1_epi32(queries[q][word]); \
-        a##q = _mm512_dpbusd_epi32(a##q, p0, code); \
-        b##q = _mm512_dpbusd_epi32(b##q, p1, code); \
-        c##q = _mm512_dpbusd_epi32(c##q, p2, code); \
-        d##q = _mm512_dpbusd_epi32(d##q, p3, code); \
-    }
-        EACH(VNNI_STEP)
-    }
-#define VNNI_STORE(q) \
-    if (width > q) { \
-        _mm512_storeu_si512(out[q], a##q); \
-        _mm512_storeu_si512(out[q] + 16, b##q); \
-        _mm512_storeu_si512(out[q] + 32, c##q); \
-        _mm512_storeu_si512(out[q] + 48, d##q); \
-    }
-    EACH(VNNI_STORE)
-}
-ALL_DOTS(vnni_dots, ON_VNNI)
-
-/* One query, and a panel from each of four places. */
-ON_VNNI static void vnni_streams(const uint8_t *const *panels, const int32_t *query, int64_t words,
-                                 int32_t (*out)[PANEL]) {
-    const __m512i zero = _mm512_setzero_si512();
-    const uint8_t *from0 = panels[0], *from1 = panels[1], *from2 = panels[2], *from3 = panels[3];
-    VNNI_SUMS(0) VNNI_SUMS(1) VNNI_SUMS(2) VNNI_SUMS(3)
-    for (int64_t word = 0; word < words; word++) {
-        const __m512i code = _mm512_set1_epi32(query[word]);
-        const int64_t at = word * (4 * PANEL);
-#define VNNI_STREAM(q) \
-    a##q = _mm512_dpbusd_epi32(a##q, _mm512_loadu_si512(from##q + at), code); \
-    b##q = _mm512_dpbusd_epi32(b##q, _mm512_loadu_si512(from##q + at + 64), code); \
-    c##q = _mm512_dpbusd_epi32(c##q, _mm512_loadu_si512(from##q + at + 128), code); \
-    d##q = _mm512_dpbusd_epi32(d##q, _mm512_loadu_si512(from##q + at + 192), code);
-        VNNI_STREAM(0) VNNI_STREAM(1) VNNI_STREAM(2) VNNI_STREAM(3)
-    }
-    const int width = STREAMS;
-    VNNI_STORE(0) VNNI_STORE(1) VNNI_STORE(2) VNNI_STORE(3)
-}
-#endif
-
-#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-#include <arm_neon.h>
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
-#if defined(__clang__)
-#define ON_DOT __attribute__((target("dotprod")))
-#else
-#define ON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
-#endif
-
-ON_DOT static inline void neon_dots(const uint8_t *panel, const uint8_t *ahead,
-                                    const int32_t *const *queries, int64_t words, const int width,
-                                    int32_t (*out)[PANEL]) {
-    const uint8x16_t flip = vdupq_n_u8(0x80);
-    for (int quarter = 0; quarter < 4; quarter++) {
-        int32x4_t sums[TILE][4];
-        for (int query = 0; query < width; query++)
-            for (int part = 0; part < 4; part++) sums[query][part] = vdupq_n_s32(0);
-        for (int64_t word = 0; word < words; word++) {
-            const uint8_t *p = panel + word * (4 * PANEL) + quarter * 64;
-            if (ahead) __builtin_prefetch(ahead + word * (4 * PANEL) + quarter * 64, 0, 2);
-            int8x16_t rows[4];
-            for (int part = 0; part < 4; part++)
-                rows[part] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * part), flip));
-            for (int query = 0; query < width; query++) {
-                const int8x16_t code = vreinterpretq_s8_s32(vdupq_n_s32(queries[query][word]));
-                for (int part = 0; part < 4; part++)
-                    sums[query][part] = vdotq_s32(sums[query][part], rows[part], code);
-            }
-        }
-        for (int query = 0; query < width; query++)
-            for (int part = 0; part < 4; part++)
-                vst1q_s32(out[query] + quarter * 16 + part * 4, sums[query][part]);
-    }
-}
-ALL_DOTS(neon_dots, ON_DOT)
-#endif
-
-/* ---- bounds of 64 rows, and exact scores, each compiled once a processor -------------------- */
-
-static inline __attribute__((always_inline)) int bounds_of(
-    const int32_t *dots, const tt_shard *shard, int64_t panel, float scale, float error,
-    float threshold, int32_t correction, float *upper, float *lower) {
-    const float *s = shard->scale + panel * PANEL, *e = shard->error + panel * PANEL;
-    const float *n = shard->norm + panel * PANEL;
-    int any = 0;
-    for (int row = 0; row < PANEL; row++) {
-        const float middle = ((float)(dots[row] - correction) * scale) * s[row];
-        const float width = error * n[row] + e[row];
-        upper[row] = middle + width;
-        lower[row] = middle - width;
-        any |= upper[row] >= threshold;
-    }
-    return any;
-}
-
-static float half_to_float(uint16_t half) {
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, low = half & 0x7fff;
-    uint32_t bits;
-    float value;
-    if (low >= 0x0400) {
-        bits = sign | ((low << 13) + ((127 - 15) << 23));
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
-    value = (float)low * 0x1p-24f; /* zero or denormal */
-    return sign ? -value : value;
-}
-
-/* Products of fp32 and fp64 folded in halves: the order depends on `padded`, a power of two. */
-static inline __attribute__((always_inline)) double fold(double *products, int64_t dim,
-                                                         int64_t padded) {
-    for (int64_t i = dim; i < padded; i++) products[i] = 0;
-    for (int64_t width = padded / 2; width >= 1; width /= 2)
-        for (int64_t i = 0; i < width; i++) products[i] += products[i + width];
-    return products[0];
-}
-
-static inline int64_t power_of_two(int64_t dim) {
-    int64_t padded = 1;
-    while (padded < dim) padded *= 2;
-    return padded;
-}
-
-static inline __attribute__((always_inline)) double product_of(
-    const double *query, const void *row, int64_t dim, int64_t half, double *scratch) {
-    if (half) {
-        const uint16_t *values = row;
-        for (int64_t i = 0; i < dim; i++) scratch[i] = (double)half_to_float(values[i]) * query[i];
-    } else {
-        const float *values = row;
-        for (int64_t i = 0; i < dim; i++) scratch[i] = (double)values[i] * query[i];
-    }
-    return fold(scratch, dim, power_of_two(dim));
-}
-
-static int plain_bounds(const int32_t *dots, const tt_shard *shard, int64_t panel, float scale,
-                        float error, float threshold, int32_t correction, float *upper,
-                        float *lower) {
-    return bounds_of(dots, shard, panel, scale, error, threshold, correction, upper, lower);
-}
-
-static double plain_product(const double *query, const void *row, int64_t dim, int64_t half,
-                            double *scratch) {
-    return product_of(query, row, dim, half, scratch);
-}
-
-#if defined(ON_AVX2)
-ON_AVX2 static int avx2_bounds(const int32_t *dots, const tt_shard *shard, int64_t panel,
-                               float scale, float error, float threshold, int32_t correction,
-                               float *upper, float *lower) {
-    return bounds_of(dots, shard, panel, scale, error, threshold, correction, upper, lower);
-}
-
-ON_AVX2 static double avx2_product(const double *query, const void *row, int64_t dim, int64_t half,
-                                   double *scratch) {
-    if (!half) return product_of(query, row, dim, 0, scratch);
-    const uint16_t *values = row;
-    int64_t i = 0;
-    for (; i + 4 <= dim; i += 4) {
-        const __m128i halves = _mm_loadl_epi64((const __m128i *)(values + i));
-        const __m256d wide = _mm256_cvtps_pd(_mm_cvtph_ps(halves));
-        _mm256_storeu_pd(scratch + i, _mm256_mul_pd(wide, _mm256_loadu_pd(query + i)));
-    }
-    for (; i < dim; i++) scratch[i] = (double)half_to_float(values[i]) * query[i];
-    return fold(scratch, dim, power_of_two(dim));
-}
-
-ON_VNNI static int vnni_bounds(const int32_t *dots, const tt_shard *shard, int64_t panel,
-                               float scale, float error, float threshold, int32_t correction,
-                               float *upper, float *lower) {
-    const float *s = shard->scale + panel * PANEL, *e = shard->error + panel * PANEL;
-    const float *n = shard->norm + panel * PANEL;
-    const __m512 scales = _mm512_set1_ps(scale), errors = _mm512_set1_ps(error);
-    const __m512 least = _mm512_set1_ps(threshold);
-    const __m512i minus = _mm512_set1_epi32(correction);
-    __m512 middle[4], width[4];
-    __mmask16 any = 0;
-    for (int part = 0; part < 4; part++) {
-        const __m512i dot = _mm512_sub_epi32(_mm512_loadu_si512(dots + part * 16), minus);
-        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), scales);
-        middle[part] = _mm512_mul_ps(product, _mm512_loadu_ps(s + part * 16));
-        width[part] = _mm512_fmadd_ps(errors, _mm512_loadu_ps(n + part * 16),
-                                      _mm512_loadu_ps(e + part * 16));
-        any |= _mm512_cmp_ps_mask(_mm512_add_ps(middle[part], width[part]), least, _CMP_GE_OQ);
-    }
-    if (!any) return 0;
-    for (int part = 0; part < 4; part++) {
-        _mm512_storeu_ps(upper + part * 16, _mm512_add_ps(middle[part], width[part]));
-        _mm512_storeu_ps(lower + part * 16, _mm512_sub_ps(middle[part], width[part]));
-    }
-    return 1;
-}
-#endif
 
 /* ---- what a thread keeps of a query --------------------------------------------------------- */
 
@@ -405,8 +117,8 @@ static float unordered(uint32_t bits) {
 
 static void raise_threshold(worker *self, int64_t query, float value) {
     query_state *state = self->states + query;
-    if (value <= state->threshold) return;
-    state->threshold = value;
+    if (value <= state->asked.threshold) return;
+    state->asked.threshold = value;
     const uint32_t bits = ordered(value);
     uint32_t seen = atomic_load_explicit(self->shared + query, memory_order_relaxed);
     while (seen < bits &&
@@ -501,16 +213,53 @@ static exact score_of(worker *self, int64_t query, int64_t position) {
     int64_t half;
     const void *row = row_at(job, position, &half);
     const double dot =
-        self->product(job->queries + query * job->dim, row, job->dim, half, self->scratch);
+        self->does.product(job->queries + query * job->dim, row, job->dim, half, self->scratch);
     const double unit = dot / job->query_norm[query];
     self->reranked++;
     return (exact){(job->cosine ? unit : dot) + 0.0, unit, job->ids[position], position};
 }
 
-static int by_upper(const void *one, const void *other) {
-    const candidate *a = one, *b = other;
-    if (a->upper != b->upper) return a->upper < b->upper ? 1 : -1;
-    return (a->position > b->position) - (a->position < b->position);
+/* A score that k rows reach is a threshold of bounds. */
+static void raise_to_score(worker *self, int64_t query, double unit) {
+    const float least = (float)(unit - self->job->query_centre[query]);
+    raise_threshold(self, query, nextafterf(nextafterf(least, -FLT_MAX), -FLT_MAX));
+}
+
+static int before(candidate one, candidate other) {
+    return one.upper != other.upper ? one.upper > other.upper : one.position < other.position;
+}
+
+/* Let a candidate sink to its place in a heap, the best first. */
+static void sink(candidate *heap, int64_t place, int64_t size, candidate entry) {
+    for (;;) {
+        int64_t child = 2 * place + 1;
+        if (child >= size) break;
+        if (child + 1 < size && before(heap[child + 1], heap[child])) child++;
+        if (!before(heap[child], entry)) break;
+        heap[place] = heap[child];
+        place = child;
+    }
+    heap[place] = entry;
+}
+
+static void make_heap(candidate *found, int64_t count) {
+    for (int64_t place = count / 2 - 1; place >= 0; place--) sink(found, place, count, found[place]);
+}
+
+/* The best of a heap, which is smaller by it then. */
+static candidate take_best(candidate *heap, int64_t *count) {
+    const candidate best = heap[0];
+    --*count;
+    if (*count) sink(heap, 0, *count, heap[*count]);
+    return best;
+}
+
+/* Begin to read a row that is scored soon; the processor reads on by itself. */
+static void bring_row(const tt_job *job, int64_t position) {
+    int64_t half;
+    const char *row = row_at(job, position, &half);
+    const int64_t bytes = job->dim * (half ? 2 : 4);
+    for (int64_t at = 0; at < bytes && at < BROUGHT; at += 64) __builtin_prefetch(row + at);
 }
 
 /* Score candidates by descending bound until none can be among the best k. */
@@ -518,10 +267,12 @@ static void rerank(worker *self, int64_t query, candidate *found, int64_t count,
                    int64_t *num_best) {
     const tt_job *job = self->job;
     const double centre = job->query_centre[query];
-    qsort(found, (size_t)count, sizeof *found, by_upper);
-    for (int64_t i = 0; i < count; i++) {
-        if (*num_best == job->k && centre + found[i].upper < best[0].unit) break;
-        keep_exact(best, num_best, job->k, score_of(self, query, found[i].position));
+    make_heap(found, count);
+    while (count) {
+        const candidate next = take_best(found, &count);
+        if (count) bring_row(job, found[0].position);
+        if (*num_best == job->k && centre + next.upper < best[0].unit) break;
+        keep_exact(best, num_best, job->k, score_of(self, query, next.position));
     }
 }
 
@@ -530,7 +281,7 @@ static void settle(worker *self, int64_t query) {
     query_state *state = self->states + query;
     int64_t left = 0;
     for (int64_t i = 0; i < state->num_found; i++)
-        if (state->found[i].upper >= state->threshold) state->found[left++] = state->found[i];
+        if (state->found[i].upper >= state->asked.threshold) state->found[left++] = state->found[i];
     state->num_found = left;
     if (left <= state->room / 2) return;
     if (!state->best) state->best = malloc(sizeof(exact) * (size_t)self->job->k);
@@ -541,119 +292,350 @@ static void settle(worker *self, int64_t query) {
     }
     rerank(self, query, state->found, left, state->best, &state->num_best);
     state->num_found = 0;
-    if (state->num_best == self->job->k) {
-        const double least = state->best[0].unit - self->job->query_centre[query];
-        raise_threshold(self, query, nextafterf(nextafterf((float)least, -FLT_MAX), -FLT_MAX));
-    }
+    if (state->num_best == self->job->k) raise_to_score(self, query, state->best[0].unit);
 }
 
-static void collect(worker *self, int64_t query, int64_t position, const float *upper,
-                    const float *lower) {
+static void collect(worker *self, int64_t query, int64_t position, const bounds *of) {
     query_state *state = self->states + query;
     for (int row = 0; row < PANEL; row++) {
-        if (!(upper[row] >= state->threshold)) continue;
+        if (!(of->upper[row] >= state->asked.threshold)) continue;
         if (state->num_found == state->room) settle(self, query);
-        state->found[state->num_found++] = (candidate){position + row, upper[row]};
+        state->found[state->num_found++] = (candidate){position + row, of->upper[row]};
         self->collected++;
-        keep_lower(self, query, lower[row]);
+        keep_lower(self, query, of->lower[row]);
     }
 }
 
-/* ---- the two phases of a thread ------------------------------------------------------------- */
+/* ---- the phases of a thread ----------------------------------------------------------------- */
 
-static void scan_group(worker *self, const tt_shard *shard, int64_t first, int64_t last) {
+typedef struct { /* a few queries that pass over a group of panels together */
+    int64_t from;
+    const int32_t *codes[TILE];
+    int width;
+    int line, lines; /* what this tile brings from memory of each panel that comes next */
+} tile;
+
+static void heed_others(worker *self, int64_t query) {
+    query_state *state = self->states + query;
+    const float others =
+        unordered(atomic_load_explicit(self->shared + query, memory_order_relaxed));
+    if (others > state->asked.threshold) state->asked.threshold = others;
+}
+
+/* Tiles of even width: 16 queries are 6, 5 and 5. While they pass over a group of panels, which lies in
+ * the cache, each of the first four brings a share of the next group. */
+static tile make_tile(worker *self, int64_t number, int64_t tiles) {
     const tt_job *job = self->job;
-    const int64_t bytes = job->words * 4 * PANEL;
+    tile made = {.from = number * job->num_queries / tiles};
+    const int first = (int)(4 * number / tiles), end = (int)(4 * (number + 1) / tiles);
+    if (tiles <= 4) made.line = first, made.lines = end - first;
+    else if (number < 4) made.line = (int)number, made.lines = 1;
+    made.width = (int)((number + 1) * job->num_queries / tiles - made.from);
+    for (int i = 0; i < made.width; i++) {
+        made.codes[i] = (const int32_t *)(job->query_codes + (made.from + i) * job->words * 4);
+        heed_others(self, made.from + i);
+    }
+    return made;
+}
+
+static int64_t head_bytes(const tt_job *job) { return job->head * 4 * PANEL; }
+
+static int64_t tail_bytes(const tt_job *job) { return (job->words - job->head) * 4 * PANEL; }
+
+static tt_panel head_of(const tt_job *job, const tt_shard *shard, int64_t panel) {
+    return (tt_panel){.codes = shard->codes + panel * head_bytes(job), .words = job->head};
+}
+
+static tt_panel tail_of(const tt_job *job, const tt_shard *shard, int64_t panel) {
+    return (tt_panel){.codes = shard->tail + panel * tail_bytes(job),
+                      .words = job->words - job->head};
+}
+
+static void note_bounds(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
+                        const int32_t *dots, const int32_t *tails) {
+    bounds of;
+    if (self->does.bounds(dots, tails, shard, panel, &self->states[query].asked, &of))
+        collect(self, query, shard->first + panel * PANEL, &of);
+}
+
+/* `next` is the panel that this one's place will have in the next group, if there is one. */
+static void scan_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
+                       const tt_shard *next_shard, int64_t next) {
+    tt_panel head = head_of(self->job, shard, panel), tail = tail_of(self->job, shard, panel);
     int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
-    float upper[PANEL] __attribute__((aligned(64))), lower[PANEL] __attribute__((aligned(64)));
-    int64_t tiles = (job->num_queries + TILE - 1) / TILE;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        /* Tiles of even width: 16 queries are 6, 5 and 5. */
-        const int64_t from = tile * job->num_queries / tiles;
-        const int width = (int)((tile + 1) * job->num_queries / tiles - from);
-        const int32_t *codes[TILE];
-        for (int query = 0; query < width; query++) {
-            query_state *state = self->states + from + query;
-            codes[query] = (const int32_t *)(job->query_codes + (from + query) * job->words * 4);
-            const float others = unordered(
-                atomic_load_explicit(self->shared + from + query, memory_order_relaxed));
-            if (others > state->threshold) state->threshold = others;
-        }
-        for (int64_t panel = first; panel < last; panel++) {
-            const uint8_t *here = shard->codes + panel * bytes;
-            /* The first tile brings the group from memory; the others find it in the cache. */
-            const uint8_t *ahead = tile || panel + 1 >= shard->panels ? 0 : here + bytes;
-            self->dots[width](here, ahead, codes, job->words, dots);
-            for (int query = 0; query < width; query++) {
-                const query_state *state = self->states + from + query;
-                if (self->bounds(dots[query], shard, panel, job->query_scale[from + query],
-                                 job->query_error[from + query], state->threshold,
-                                 state->correction, upper, lower))
-                    collect(self, from + query, shard->first + panel * PANEL, upper, lower);
-            }
-        }
+    if (next_shard) {
+        head.next = head_of(self->job, next_shard, next).codes;
+        tail.next = tail_of(self->job, next_shard, next).codes;
+        head.line = tail.line = queries->line;
+        head.lines = tail.lines = queries->lines;
     }
+    self->does.dots[queries->width](&head, &tail, queries->codes, dots);
+    for (int i = 0; i < queries->width; i++)
+        note_bounds(self, shard, panel, queries->from + i, dots[i], 0);
 }
 
-/* The same for one query: its time is that of reading the codes. */
-static void scan_streams(worker *self, const tt_shard *shard, int64_t first, int64_t last) {
-    const tt_job *job = self->job;
-    const int64_t bytes = job->words * 4 * PANEL, share = (last - first) / STREAMS;
+/* One query: its time is that of reading the codes, from several places at once. Returns where the
+ * even shares of the streams end. */
+static int64_t scan_streams(worker *self, const tt_shard *shard, int64_t first, int64_t last,
+                            const tile *one) {
+    const int64_t share = (last - first) / STREAMS;
     int32_t dots[STREAMS][PANEL] __attribute__((aligned(64)));
-    float upper[PANEL] __attribute__((aligned(64))), lower[PANEL] __attribute__((aligned(64)));
-    query_state *state = self->states;
     for (int64_t step = 0; step < share; step++) {
-        const uint8_t *panels[STREAMS];
-        for (int stream = 0; stream < STREAMS; stream++)
-            panels[stream] = shard->codes + (first + stream * share + step) * bytes;
-        self->streams(panels, (const int32_t *)job->query_codes, job->words, dots);
-        const float others = unordered(atomic_load_explicit(self->shared, memory_order_relaxed));
-        if (others > state->threshold) state->threshold = others;
-        for (int stream = 0; stream < STREAMS; stream++) {
-            const int64_t panel = first + stream * share + step;
-            if (self->bounds(dots[stream], shard, panel, job->query_scale[0], job->query_error[0],
-                             state->threshold, state->correction, upper, lower))
-                collect(self, 0, shard->first + panel * PANEL, upper, lower);
+        tt_panel heads[STREAMS], tails[STREAMS];
+        for (int i = 0; i < STREAMS; i++) {
+            heads[i] = head_of(self->job, shard, first + i * share + step);
+            tails[i] = tail_of(self->job, shard, first + i * share + step);
         }
+        self->does.streams(heads, tails, one->codes[0], dots);
+        heed_others(self, 0);
+        for (int i = 0; i < STREAMS; i++)
+            note_bounds(self, shard, first + i * share + step, 0, dots[i], 0);
     }
-    if (first + STREAMS * share < last) scan_group(self, shard, first + STREAMS * share, last);
+    return first + STREAMS * share;
 }
 
-static int64_t group_size(const worker *self) {
-    const tt_job *job = self->job;
-    const int64_t bytes = job->words * 4 * PANEL;
-    int64_t panels = 0, wanted = GROUP_BYTES;
-    if (self->streams && job->num_queries == 1) { /* large, but eight shares a thread at least */
-        for (int64_t i = 0; i < job->num_shards; i++) panels += job->shards[i].panels;
-        const int64_t fair = panels * bytes / (8 * self->num_threads);
-        wanted = fair < STREAM_BYTES ? fair : STREAM_BYTES;
-    } else if (job->num_queries <= TILE) {
-        wanted = 4 * GROUP_BYTES;
+/* The next group of this phase: panels of a shard, which is 0 where there is none. */
+typedef struct {
+    const tt_shard *shard;
+    int64_t first, last, place; /* place: panels of this phase before it */
+} group;
+
+static group take_group(worker *self) {
+    const plan *plan = self->plan;
+    const int64_t number = plan->first_group + atomic_fetch_add(self->next, 1);
+    group taken = {self->job->shards, number * plan->group, 0,
+                   (number - plan->first_group) * plan->group};
+    if (number >= plan->end || self->failed) return (group){0};
+    for (;; taken.shard++) {
+        const int64_t groups = (taken.shard->panels + plan->group - 1) / plan->group;
+        if (taken.first < groups * plan->group) break;
+        taken.first -= groups * plan->group;
     }
-    return wanted > bytes ? wanted / bytes : 1;
+    taken.last = taken.first + plan->group;
+    if (taken.last > taken.shard->panels) taken.last = taken.shard->panels;
+    return taken;
+}
+
+static void scan_group(worker *self, const group *now, const group *next) {
+    const int64_t tiles = (self->job->num_queries + TILE - 1) / TILE;
+    for (int64_t number = 0; number < tiles; number++) {
+        const tile queries = make_tile(self, number, tiles);
+        int64_t panel = now->first;
+        if (self->does.streams && self->job->num_queries == 1)
+            panel = scan_streams(self, now->shard, now->first, now->last, &queries);
+        for (; panel < now->last; panel++) {
+            const int64_t place = next->first + panel - now->first;
+            scan_panel(self, now->shard, panel, &queries, place < next->last ? next->shard : 0,
+                       place);
+        }
+    }
 }
 
 static void *scan(void *argument) {
     worker *self = argument;
-    const tt_job *job = self->job;
-    const int64_t group = group_size(self);
-    for (;;) {
-        int64_t mine = atomic_fetch_add(self->next, 1) * group;
-        int64_t shard = 0;
-        while (shard < job->num_shards) {
-            const int64_t even = (job->shards[shard].panels + group - 1) / group * group;
-            if (mine < even) break;
-            mine -= even;
-            shard++;
-        }
-        if (shard == job->num_shards || self->failed) return 0;
-        const int64_t panels = job->shards[shard].panels;
-        const int64_t last = mine + group < panels ? mine + group : panels;
-        if (self->streams && job->num_queries == 1)
-            scan_streams(self, job->shards + shard, mine, last);
-        else
-            scan_group(self, job->shards + shard, mine, last);
+    group next;
+    for (group now = take_group(self); now.shard; now = next) {
+        next = take_group(self);
+        scan_group(self, &now, &next);
     }
+    return 0;
+}
+
+/* Keep the rows that look best by their heads. */
+static void keep_seeds(worker *self, int64_t query, int64_t position, const float *looks) {
+    query_state *state = self->states + query;
+    const int64_t most = SEEDS(self->job->k);
+    candidate *seeds = state->seeds;
+    for (int row = 0; row < PANEL; row++) {
+        const candidate entry = {position + row, looks[row]};
+        int64_t place;
+        if (entry.upper == -INFINITY) continue; /* deleted, or no row */
+        if (state->num_seeds < most) {
+            place = state->num_seeds++;
+            while (place && seeds[(place - 1) / 2].upper > entry.upper) {
+                seeds[place] = seeds[(place - 1) / 2];
+                place = (place - 1) / 2;
+            }
+        } else {
+            if (entry.upper <= seeds[0].upper) continue;
+            for (place = 0;;) {
+                int64_t child = 2 * place + 1;
+                if (child >= most) break;
+                if (child + 1 < most && seeds[child + 1].upper < seeds[child].upper) child++;
+                if (seeds[child].upper >= entry.upper) break;
+                seeds[place] = seeds[child];
+                place = child;
+            }
+        }
+        seeds[place] = entry;
+    }
+}
+
+/* What the head of a panel says of a query: the best bound, and rows that look good. */
+static void note_head(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
+                      const int32_t *dots, float *peak) {
+    query_state *state = self->states + query;
+    float looks[PANEL];
+    const float look = self->does.heads(dots, shard, panel, &state->asked, looks, peak);
+    if (state->num_seeds < SEEDS(self->job->k) || look > state->seeds[0].upper)
+        keep_seeds(self, query, shard->first + panel * PANEL, looks);
+}
+
+/* The same for the panels of a group, from several places at once; returns of how many. */
+static int64_t stream_heads(worker *self, const group *now, const int32_t *query,
+                            int32_t (*dots)[PANEL], float *peaks) {
+    const int64_t share = (now->last - now->first) / STREAMS;
+    const tt_panel none[STREAMS] = {{0}};
+    int32_t made[STREAMS][PANEL] __attribute__((aligned(64)));
+    for (int64_t step = 0; step < share; step++) {
+        tt_panel heads[STREAMS];
+        for (int i = 0; i < STREAMS; i++)
+            heads[i] = head_of(self->job, now->shard, now->first + i * share + step);
+        self->does.streams(heads, none, query, made);
+        for (int i = 0; i < STREAMS; i++) {
+            const int64_t panel = i * share + step;
+            memcpy(dots[panel], made[i], sizeof made[i]);
+            note_head(self, now->shard, now->first + panel, 0, made[i], peaks + panel);
+        }
+    }
+    return STREAMS * share;
+}
+
+static void *scan_heads(void *argument) {
+    worker *self = argument;
+    const tt_job *job = self->job;
+    const int64_t count = job->num_queries;
+    const tile queries = make_tile(self, 0, 1);
+    const tt_panel none = {0};
+    for (group now; (now = take_group(self)).shard;) {
+        const int64_t panels = now.last - now.first;
+        int32_t(*dots)[PANEL] = (int32_t(*)[PANEL])self->plan->dots + now.place * count;
+        float *peaks = self->plan->peaks + now.place * count;
+        int64_t i = 0;
+        if (self->does.streams && count == 1)
+            i = stream_heads(self, &now, queries.codes[0], dots, peaks);
+        for (; i < panels; i++) {
+            tt_panel head = head_of(job, now.shard, now.first + i);
+            head.next = head.codes + head_bytes(job);
+            head.lines = now.first + i + 1 < now.shard->panels ? 4 : 0;
+            self->does.dots[queries.width](&head, &none, queries.codes, dots + i * count);
+            for (int query = 0; query < queries.width; query++)
+                note_head(self, now.shard, now.first + i, query, dots[i * count + query],
+                          peaks + i * count + query);
+        }
+    }
+    return 0;
+}
+
+/* The k-th best score of the rows that look best is a lower bound of the k-th best score of all. */
+static int seed_query(worker *self, int64_t query) {
+    const tt_job *job = self->job;
+    int64_t count = 0, kept = 0;
+    for (int64_t i = 0; i < self->num_threads; i++) count += self->all[i][query].num_seeds;
+    if (count < job->k) return 1;
+    candidate *seeds = malloc(sizeof *seeds * (size_t)count);
+    exact *best = malloc(sizeof *best * (size_t)job->k);
+    if (seeds && best) {
+        count = 0;
+        for (int64_t i = 0; i < self->num_threads; i++) {
+            query_state *state = self->all[i] + query;
+            for (int64_t j = 0; j < state->num_seeds; j++) seeds[count++] = state->seeds[j];
+            state->num_seeds = 0;
+        }
+        make_heap(seeds, count);
+        for (int64_t i = 0; count && i < SEEDS(job->k); i++)
+            keep_exact(best, &kept, job->k,
+                       score_of(self, query, take_best(seeds, &count).position));
+        if (kept == job->k) raise_to_score(self, query, best[0].unit);
+    }
+    const int done = seeds && best;
+    free(seeds);
+    free(best);
+    return done;
+}
+
+static void *seed_all(void *argument) {
+    worker *self = argument;
+    for (;;) {
+        const int64_t query = atomic_fetch_add(self->next, 1);
+        if (query >= self->job->num_queries || self->failed) return 0;
+        if (!seed_query(self, query)) self->failed = 1;
+    }
+}
+
+/* Panels of one query whose tails are read at once. */
+typedef struct {
+    int64_t panel[STREAMS];
+    const int32_t *dots[STREAMS];
+    int count;
+} batch;
+
+static void open_tails(worker *self, const tt_shard *shard, const int32_t *query, batch *some) {
+    tt_panel rest[STREAMS];
+    const tt_panel none[STREAMS] = {{0}};
+    int32_t tails[STREAMS][PANEL] __attribute__((aligned(64)));
+    for (int i = 0; i < some->count; i++) rest[i] = tail_of(self->job, shard, some->panel[i]);
+    if (some->count == STREAMS)
+        self->does.streams(rest, none, query, tails);
+    else
+        for (int i = 0; i < some->count; i++)
+            self->does.dots[1](rest + i, none, &query, tails + i);
+    heed_others(self, 0);
+    self->opened += some->count;
+    for (int i = 0; i < some->count; i++)
+        note_bounds(self, shard, some->panel[i], 0, some->dots[i], tails[i]);
+    some->count = 0;
+}
+
+static void open_streams(worker *self, const group *now, const int32_t *query) {
+    const int32_t(*dots)[PANEL] = (const int32_t(*)[PANEL])self->plan->dots + now->place;
+    const float *peaks = self->plan->peaks + now->place;
+    const int64_t panels = now->last - now->first, share = (panels + STREAMS - 1) / STREAMS;
+    batch some = {.count = 0};
+    for (int64_t step = 0; step < share; step++)
+        for (int64_t i = step; i < panels; i += share) {
+            if (!(peaks[i] >= self->states->asked.threshold)) continue;
+            some.panel[some.count] = now->first + i;
+            some.dots[some.count++] = dots[i];
+            if (some.count == STREAMS) open_tails(self, now->shard, query, &some);
+        }
+    open_tails(self, now->shard, query, &some);
+}
+
+/* The tail of a panel for those queries that need it. */
+static void open_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
+                       int32_t (*dots)[PANEL], const float *peaks) {
+    const tt_panel tail = tail_of(self->job, shard, panel), none = {0};
+    int32_t tails[TILE][PANEL] __attribute__((aligned(64)));
+    const int32_t *codes[TILE];
+    int open[TILE], count = 0;
+    for (int query = 0; query < queries->width; query++)
+        if (peaks[query] >= self->states[query].asked.threshold) {
+            codes[count] = queries->codes[query] + self->job->head;
+            open[count++] = query;
+        }
+    if (!count) return;
+    self->opened += count;
+    self->does.dots[count](&tail, &none, codes, tails);
+    for (int i = 0; i < count; i++)
+        note_bounds(self, shard, panel, open[i], dots[open[i]], tails[i]);
+}
+
+static void *open_panels(void *argument) {
+    worker *self = argument;
+    const int64_t count = self->job->num_queries;
+    for (group now; (now = take_group(self)).shard;) {
+        const tile queries = make_tile(self, 0, 1);
+        int32_t(*dots)[PANEL] = (int32_t(*)[PANEL])self->plan->dots + now.place * count;
+        const float *peaks = self->plan->peaks + now.place * count;
+        if (self->does.streams && count == 1)
+            open_streams(self, &now, queries.codes[0] + self->job->head);
+        else
+            for (int64_t i = 0; i < now.last - now.first; i++)
+                open_panel(self, now.shard, now.first + i, &queries, dots + i * count,
+                           peaks + i * count);
+    }
+    return 0;
 }
 
 /* The candidates of all threads for one query, re-ranked; results best first. */
@@ -722,31 +704,69 @@ static void run_all(worker *workers, int64_t threads, void *(*phase)(void *)) {
         if (started[i]) pthread_join(handles[i], 0);
 }
 
-static void choose(worker *self, int64_t level) {
-    static const dots_function plain[] = TABLE_OF(plain_dots);
-    const dots_function *dots = plain;
-    self->bounds = plain_bounds;
-    self->product = plain_product;
-#if defined(ON_AVX2)
-    static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
-    self->flips = level == AVX2;
-    if (level >= AVX2) {
-        dots = avx2;
-        self->bounds = avx2_bounds;
-        self->product = avx2_product;
+/* Run a phase over groups of panels; whether a thread failed. */
+static int run_groups(worker *workers, int64_t threads, void *(*phase)(void *), int64_t first,
+                      int64_t end) {
+    int failed = 0;
+    workers->plan->first_group = first;
+    workers->plan->end = end;
+    run_all(workers, threads, phase);
+    for (int64_t i = 0; i < threads; i++) failed |= workers[i].failed;
+    return failed;
+}
+
+static int64_t group_size(const worker *self, int64_t panels) {
+    const tt_job *job = self->job;
+    const int64_t bytes = job->words * 4 * PANEL;
+    int64_t wanted = GROUP_BYTES;
+    if (self->does.streams && job->num_queries == 1) { /* large, but eight shares a thread at least */
+        const int64_t fair = panels * bytes / (8 * self->num_threads);
+        wanted = fair < STREAM_BYTES ? fair : STREAM_BYTES;
+    } else if (job->num_queries <= TILE) {
+        wanted = 4 * GROUP_BYTES;
     }
-    if (level >= AVX512_VNNI) {
-        dots = vnni;
-        self->streams = vnni_streams;
-        self->bounds = vnni_bounds;
+    return wanted > bytes ? wanted / bytes : 1;
+}
+
+/* The phases by heads, over as many groups at a time as there is room for; whether one failed. */
+static int scan_by_heads(worker *workers, int64_t threads, int64_t step) {
+    const tt_job *job = workers->job;
+    plan *plan = workers->plan;
+    int failed = 0;
+    for (int64_t i = 0; i < threads; i++)
+        for (int64_t query = 0; query < job->num_queries; query++) {
+            query_state *state = workers[i].states + query;
+            state->seeds = malloc(sizeof *state->seeds * (size_t)SEEDS(job->k));
+            failed |= !state->seeds;
+        }
+    plan->dots = job->scratch;
+    plan->peaks = (float *)job->scratch + step * plan->group * job->num_queries * PANEL;
+    for (int64_t first = 0; first < plan->groups && !failed; first += step) {
+        const int64_t end = first + step < plan->groups ? first + step : plan->groups;
+        const int64_t few = threads < job->num_queries ? threads : job->num_queries;
+        failed = run_groups(workers, threads, scan_heads, first, end) ||
+                 run_groups(workers, few, seed_all, first, end) ||
+                 run_groups(workers, threads, open_panels, first, end);
     }
-#elif defined(ON_DOT)
-    static const dots_function neon[] = TABLE_OF(neon_dots);
-    self->flips = level >= NEON_DOT;
-    if (level >= NEON_DOT) dots = neon;
-#endif
-    (void)level;
-    memcpy(self->dots, dots, sizeof self->dots);
+    return failed;
+}
+
+/* All phases but the last; whether one failed. */
+static int scan_all(worker *workers, int64_t threads) {
+    const tt_job *job = workers->job;
+    plan *plan = workers->plan;
+    int64_t panels = 0;
+    for (int64_t i = 0; i < job->num_shards; i++) panels += job->shards[i].panels;
+    const int64_t room = job->scratch_size / ((PANEL + 1) * job->num_queries); /* panels */
+    const int by_heads = job->head < job->words && job->num_queries <= TILE && room > 0;
+    plan->group = group_size(workers, panels);
+    if (by_heads && plan->group > room) plan->group = room;
+    for (int64_t i = 0; i < job->num_shards; i++)
+        plan->groups += (job->shards[i].panels + plan->group - 1) / plan->group;
+    if (!by_heads) return run_groups(workers, threads, scan, 0, plan->groups);
+    const int64_t fit = room / plan->group;
+    job->count[2] = panels * job->num_queries;
+    return scan_by_heads(workers, threads, fit < plan->groups ? fit : plan->groups);
 }
 
 static int prepare(worker *self, const tt_job *job, int64_t room) {
@@ -756,10 +776,17 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
     for (int64_t query = 0; query < job->num_queries; query++) {
         query_state *state = self->states + query;
         const int8_t *code = job->query_codes + query * job->words * 4;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < job->words * 4; i++) sum += code[i];
-        state->correction = self->flips ? 0 : 128 * sum;
-        state->threshold = -FLT_MAX;
+        int32_t head = 0, tail = 0;
+        for (int64_t i = 0; i < job->head * 4; i++) head += code[i];
+        for (int64_t i = job->head * 4; i < job->words * 4; i++) tail += code[i];
+        if (!self->does.flips) {
+            state->asked.head_correction = 128 * head;
+            state->asked.correction = 128 * (job->head < job->words ? 4 * head + tail : head);
+        }
+        state->asked.scale = job->query_scale[query];
+        state->asked.error = job->query_error[query];
+        state->asked.tail_norm = job->query_tail_norm[query];
+        state->asked.threshold = -FLT_MAX;
         state->room = room;
         state->heap = malloc(sizeof(float) * (size_t)job->k);
         state->found = malloc(sizeof(candidate) * (size_t)room);
@@ -773,6 +800,7 @@ static void discard(worker *self, const tt_job *job) {
         free(self->states[query].heap);
         free(self->states[query].found);
         free(self->states[query].best);
+        free(self->states[query].seeds);
     }
     free(self->states);
     free(self->scratch);
@@ -780,38 +808,57 @@ static void discard(worker *self, const tt_job *job) {
 
 /* ---- what Python calls ---------------------------------------------------------------------- */
 
-/* The best level that this processor can run. */
-int tt_level(void) {
-#if defined(ON_AVX2)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PLAIN;
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return AVX512_VNNI;
-    return AVX2;
-#elif defined(ON_DOT) && defined(__linux__)
-    return getauxval(AT_HWCAP) >> 20 & 1 ? NEON_DOT : PLAIN; /* HWCAP_ASIMDDP */
-#elif defined(ON_DOT) && defined(__ARM_FEATURE_DOTPROD)
-    return NEON_DOT;
-#else
-    return PLAIN;
-#endif
+int tt_level(void) { return best_level(); }
+
+const char *tt_level_name(int level) { return level_name(level); }
+
+typedef struct {
+    const double *vectors;
+    const float *columns;
+    int64_t count, dim, stride;
+    double *out;
+    turn_function turn;
+} turn_share;
+
+static void *turn_all(void *argument) {
+    const turn_share *share = argument;
+    for (int64_t i = 0; i < share->count; i += TURNED)
+        share->turn(share->vectors + i * share->stride, share->stride, share->columns, share->dim,
+                    share->out + i * share->stride);
+    return 0;
 }
 
-const char *tt_level_name(int level) {
-#if defined(ON_DOT)
-    static const char *const names[] = {"plain C", "NEON dot product"};
-    return names[level == NEON_DOT];
-#else
-    static const char *const names[] = {"plain C", "AVX2", "AVX-512 VNNI"};
-    return names[level < 0 || level > AVX512_VNNI ? 0 : level];
-#endif
+/* out (count, stride) = vectors (count, stride) times a matrix (dim, dim) whose columns lie together;
+ * of both the first `dim` of `stride` numbers. `count` is a multiple of four. Without BLAS, whose
+ * threads would go on waiting for work for a while, and take time from the search. */
+void tt_turn(const double *vectors, const float *columns, int64_t count, int64_t dim,
+             int64_t stride, double *out, int64_t threads) {
+    const kernels chosen = choose_kernels(best_level());
+    pthread_t handles[MAX_THREADS];
+    turn_share shares[MAX_THREADS];
+    int started[MAX_THREADS] = {0};
+    int64_t even = (count + TURN_VECTORS - 1) / TURN_VECTORS; /* shares worth a thread */
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads < even) even = threads;
+    if (even < 1) even = 1;
+    for (int64_t i = 0; i < even; i++) {
+        const int64_t from = i * (count / TURNED) / even * TURNED;
+        const int64_t to = (i + 1) * (count / TURNED) / even * TURNED;
+        shares[i] = (turn_share){vectors + from * stride, columns, to - from, dim, stride,
+                                 out + from * stride, chosen.turn};
+        if (i) started[i] = pthread_create(&handles[i], 0, turn_all, shares + i) == 0;
+    }
+    for (int64_t i = 0; i < even; i++)
+        if (!started[i]) turn_all(shares + i);
+    for (int64_t i = 0; i < even; i++)
+        if (started[i]) pthread_join(handles[i], 0);
 }
 
 /* Fill `position` and `score` of the job; 0, or -1 where memory was short. */
 int tt_search(const tt_job *job) {
     int64_t threads = job->threads < 1 ? 1 : job->threads, panels = 0;
     _Atomic int64_t next = 0;
+    plan plan = {0};
     int failed = 0;
     for (int64_t i = 0; i < job->num_shards; i++) panels += job->shards[i].panels;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
@@ -821,16 +868,15 @@ int tt_search(const tt_job *job) {
     _Atomic uint32_t *shared = malloc(sizeof *shared * (size_t)job->num_queries);
     if (!workers || !all || !shared) failed = 1;
     for (int64_t i = 0; !failed && i < threads; i++) {
-        workers[i] = (worker){.job = job, .next = &next, .shared = shared, .all = all,
-                              .num_threads = threads};
-        choose(workers + i, job->level);
+        workers[i] = (worker){.job = job, .plan = &plan, .next = &next, .shared = shared,
+                              .all = all, .num_threads = threads};
+        workers[i].does = choose_kernels(job->level);
         failed = !prepare(workers + i, job, 4 * job->k + 1024);
         all[i] = workers[i].states;
     }
     if (!failed) {
         for (int64_t i = 0; i < job->num_queries; i++) atomic_store(shared + i, ordered(-FLT_MAX));
-        run_all(workers, threads, scan);
-        for (int64_t i = 0; i < threads; i++) failed |= workers[i].failed;
+        failed = scan_all(workers, threads);
     }
     if (!failed) {
         run_all(workers, threads < job->num_queries ? threads : job->num_queries, finish);
@@ -839,6 +885,7 @@ int tt_search(const tt_job *job) {
     for (int64_t i = 0; workers && i < threads; i++) {
         job->count[0] += workers[i].collected;
         job->count[1] += workers[i].reranked;
+        job->count[3] += workers[i].opened;
         if (workers[i].job) discard(workers + i, job);
     }
     free(workers);

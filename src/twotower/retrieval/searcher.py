@@ -102,7 +102,8 @@ class Searcher:
         selected = self.check(options)
         count = sum(len(ids) for ids in selected if ids is not None)
         if options.filter and count < options.k:
-            log.warning("only %d rows pass the filter %s", count, options.filter)
+            few = f"only {count} rows pass" if count else "no row passes"
+            log.warning("%s the filter %s", few, options.filter)
         if options.duplicates is None:
             found, source = self._best(queries, options.k, selected)
             rows = zip(found.scores, found.ids, source, strict=True)

@@ -42,7 +42,7 @@ def search_store(config: Config, free: FreeText) -> None:
     queries = given_queries(free)
     options = options_of(config, free)
     several = len(queries) > 1 or options.templates
-    searcher = open_searcher(config, batch_size=BATCH if several else 1)
+    searcher = open_searcher(config, BATCH if several else 1, options.filter)
     searcher.check(options)
     for query, hits in zip(queries, searcher.search(queries, options), strict=True):
         show(hits, query.label, config)
@@ -128,6 +128,9 @@ def prompt(answer: Callable[[str], None]) -> None:
 def show(hits: Sequence[Hit], query: str, config: Config) -> None:
     """Print the query as typed and the table of its hits; write their picture, say where."""
     say(query)
+    if not hits:
+        say("nothing was found")
+        return
     print_hits(hits)
     if not config.search.grid:
         return

@@ -8,8 +8,9 @@ from typing import Protocol
 from twotower.retrieval import native, torch_scan
 from twotower.retrieval.candidates import Best
 from twotower.retrieval.certificate import Float64Array
-from twotower.retrieval.certified_scan import Coded, NativeScan
+from twotower.retrieval.certified_scan import Coded
 from twotower.retrieval.index import AnyFloatArray, IdArray
+from twotower.retrieval.native_scan import NativeScan
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.torch_scan import TorchScan
 from twotower.settings import ConfigError

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from twotower.retrieval.candidates import GROUP, Best, Candidates, group_size, rerank
-from twotower.retrieval.certificate import Float64Array
-from twotower.retrieval.certified_scan import Coded
-from twotower.retrieval.index import AnyFloatArray, IdArray
+from twotower.retrieval.certificate import Float64Array, Frame
+from twotower.retrieval.certified_scan import CodedScan
 from twotower.retrieval.native import CodedQueries
 from twotower.retrieval.rows import Rows
 
 QUERY_BLOCK = 256
-PRODUCTS = 1 << 20  # in a block: 4 MB, and as much for the scores
-BLOCK_ROWS = 1 << 14  # rows of a block at most
+PRODUCTS = 1 << 19  # in a block: 2 MB, and as much for the scores
+BLOCK_ROWS = 1 << 16  # rows of a block at most
 PENDING = 1 << 21  # candidates that may wait for the re-rank
-FEW = 16  # from two queries to this many a product takes as long: it is padded to them
+FEW = 16  # from two queries to here the product is faster with the queries on the left
 
 
 class Probe(NamedTuple):
@@ -64,25 +63,20 @@ def _seconds(call: Callable[[], object]) -> float:
     return min(times)
 
 
-class TorchScan:
+def rotate(unit: Float64Array, frame: Frame) -> Float64Array:
+    """What `Frame.rotate` does, by torch: the threads of numpy's BLAS would go on spinning."""
+    mixed = torch.from_numpy(unit[:, frame.order])
+    blocks = [torch.from_numpy(block).double() for block in frame.columns]
+    parts = mixed.tensor_split(np.cumsum([len(block) for block in blocks])[:-1].tolist(), dim=1)
+    turned = [part @ block for part, block in zip(parts, blocks, strict=True)]
+    return torch.cat(turned, dim=1).numpy()
+
+
+class TorchScan(CodedScan):
     """The scan by `torch._int_mm`."""
 
     def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self.coded = Coded(rows.dim, packed=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes and their bounds."""
-        return self.coded.store.nbytes
-
-    def append(self, rows: AnyFloatArray) -> None:
-        """Code rows that were added to the index."""
-        self.coded.append(rows)
-
-    def delete(self, positions: IdArray) -> None:
-        """Never find these rows again."""
-        self.coded.store.delete(positions)
+        super().__init__(rows, packed=False)
 
     def query_block(self, k: int) -> int:
         """Queries that are best searched at a time."""
@@ -95,11 +89,11 @@ class TorchScan:
 
     def _scan(self, queries: Float64Array, k: int) -> Candidates:
         """Every row that may be among the best k of a query; bounds are those of the unit query."""
-        coded = self.coded.queries(queries)
+        coded = self.coded.queries(queries, rotate)
         asked = _Asked(coded, k)
         pending: list[Candidates] = []
         limit = PENDING + 4 * k * len(queries)
-        for block in self._blocks(len(asked.codes[0])):
+        for block in self._blocks(len(queries)):
             pending.append(asked.possible(*block))
             if sum(len(part.query) for part in pending) > limit:
                 kept = rerank(self._rows, Candidates.join(pending), queries, k)
@@ -122,12 +116,13 @@ class _Asked:
     """Some queries, and the k best lower bounds of each so far."""
 
     def __init__(self, coded: CodedQueries, k: int) -> None:
-        count = len(coded.codes)
-        padding = FEW - count if 1 < count < FEW else 0
-        codes = np.pad(coded.codes, ((0, padding), (0, 0)))
-        self.codes = torch.from_numpy(codes).T.contiguous()  # (width, Q)
+        count = len(coded.queries)
+        codes = torch.from_numpy(coded.coded.codes)
+        self._few = 1 < count < FEW
+        self._codes = codes if self._few else codes.T.contiguous()
         self._count = count
-        self._scale, self._error = torch.from_numpy(coded.scale), torch.from_numpy(coded.error)
+        self._scale = torch.from_numpy(coded.coded.scale)
+        self._error = torch.from_numpy(coded.coded.error)
         self._centre = coded.centre
         self._k = k
         self._best = torch.full((count, k), -torch.inf)
@@ -139,20 +134,17 @@ class _Asked:
         self, codes: Tensor, scale: Tensor, error: Tensor, norm: Tensor, first: int
     ) -> Candidates:
         """The rows of a block that may be among the best."""
-        rows, columns = len(codes), self.codes.shape[1]
-        if rows * columns > len(self._products):
-            self._products = torch.empty(rows * columns, dtype=torch.int32)
-            self._scores = torch.empty(rows * columns)
-        products = self._products[: rows * columns].view(rows, columns)
-        scores = self._scores[: rows * columns].view(rows, columns)
-        torch._int_mm(codes, self.codes, out=products)
-        torch.mul(products, scale[:, None], out=scores)
+        rows = len(codes)
+        scores = self._scores_of(codes, scale)
         dead = error == -torch.inf
         if dead.any():
             scores[dead] = -torch.inf
             error = error.clamp_min(0)
         per_group = group_size(rows, self._k)
-        groups = scores.view(per_group, -1, columns)[:, :, : self._count]
+        if self._few:
+            groups = scores.T.view(self._count, per_group, -1).permute(1, 2, 0)
+        else:
+            groups = scores.view(per_group, -1, self._count)
         # (groups, Q): the best score of a group, with the largest error among its rows.
         middle = groups.amax(0) * self._scale
         width = norm.view(per_group, -1).amax(0)[:, None] * self._error
@@ -173,8 +165,25 @@ class _Asked:
             upper[place].double().numpy() + self._centre[found],
         )
 
+    def _scores_of(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Products (rows, Q) times the scales of the rows; the next call overwrites them."""
+        size = len(codes) * self._count
+        if size > len(self._products):
+            self._products = torch.empty(size, dtype=torch.int32)
+            self._scores = torch.empty(size)
+        shape = (self._count, len(codes)) if self._few else (len(codes), self._count)
+        products, scores = self._products[:size].view(shape), self._scores[:size].view(shape)
+        if self._few:
+            torch._int_mm(self._codes, codes.T, out=products)
+            return torch.mul(products, scale, out=scores).T
+        torch._int_mm(codes, self._codes, out=products)
+        return torch.mul(products, scale[:, None], out=scores)
+
     def _raise_threshold(self, lower: Tensor) -> None:
         """Take account of lower bounds (groups, Q) of as many rows."""
-        if bool((lower > self._threshold).any()):
-            self._best = torch.cat([self._best, lower.T], 1).topk(self._k, sorted=False).values
-            self._threshold = self._best.amin(1)
+        raised = (lower > self._threshold).any(0).nonzero()[:, 0]
+        if len(raised):  # of many queries few, once many rows are scanned
+            both = torch.cat([self._best[raised], lower.T[raised]], 1)
+            best = both.topk(self._k, sorted=False).values
+            self._best[raised] = best
+            self._threshold[raised] = best.amin(1)

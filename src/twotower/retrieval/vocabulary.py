@@ -104,6 +104,8 @@ def _fetched(url: str, cache: Path, max_bytes: int, refresh: bool) -> bytes:
 
 
 def _reason(error: requests.RequestException) -> str:
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        return "it leads to an address that is not http(s)"
     status = error.response.status_code if error.response is not None else None
     return f"HTTP {status}" if status else type(error).__name__
 
