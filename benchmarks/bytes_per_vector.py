@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from exact_search import clip_like, queries_of
 
 from twotower.config import IndexConfig
 from twotower.machine import processor
@@ -30,6 +29,7 @@ from twotower.retrieval.faiss_index import FaissConfig, import_faiss
 from twotower.retrieval.index import FloatArray, VectorIndex
 from twotower.retrieval.milvus_collection import MilvusConfig
 from twotower.retrieval.saved import save_index
+from twotower.retrieval.synthetic import clip_like, queries_of
 
 CASES: dict[str, IndexConfig] = {
     "exact, rows in their file": ExactConfig(memory=RowMemory.stored),

@@ -33,11 +33,10 @@ from twotower.machine import processor
 from twotower.retrieval.codes import huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import import_faiss
-from twotower.retrieval.index import FloatArray, unit_rows
+from twotower.retrieval.index import FloatArray
+from twotower.retrieval.synthetic import clip_like, queries_of
 from twotower.retrieval.tiers import Tier, choose_tier, describe
 
-CLUSTER = 50  # rows of one cluster, on average
-CHUNK = 65_536
 PAUSE = (
     0.1  # seconds: threads of BLAS and OpenMP wait for more work, and take time from whom is next
 )
@@ -83,39 +82,6 @@ def write(text: str) -> None:
     """To the terminal, at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def clip_like(count: int, dim: int) -> FloatArray:
-    """Unit rows as CLIP makes them: a common cone, clusters, a spectrum of energy 1 / i."""
-    rng = np.random.default_rng(0)
-    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
-    mean = unit_rows(rng.standard_normal((1, dim)).astype(np.float32))
-    centres = unit_rows(noise(rng, -(-count // CLUSTER), spectrum))
-    rows = huge_pages(4 * count * dim).view(np.float32).reshape(count, dim)
-    for start in range(0, count, CHUNK):
-        part = rows[start : start + CHUNK]
-        chosen = rng.integers(0, len(centres), len(part))
-        own = unit_rows(noise(rng, len(part), spectrum))
-        part[:] = unit_rows(mean + 0.75 * centres[chosen] + 0.6 * own)
-    return rows
-
-
-def noise(rng: np.random.Generator, count: int, spectrum: FloatArray) -> FloatArray:
-    """Vectors with that much energy a dimension."""
-    drawn: FloatArray = rng.standard_normal((count, len(spectrum))).astype(np.float32) * spectrum
-    return drawn
-
-
-def queries_of(rows: FloatArray, count: int, cross: bool) -> FloatArray:
-    """Unit queries near rows; with `cross` from a cone of their own, as texts are."""
-    rng = np.random.default_rng(1)
-    dim = rows.shape[1]
-    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
-    near = rows[rng.integers(0, len(rows), count)] - rows[:1000].mean(axis=0)
-    queries = unit_rows(near) + 0.5 * unit_rows(noise(rng, count, spectrum))
-    cone = unit_rows(rng.standard_normal((1, dim)).astype(np.float32))
-    base = 2 * cone if cross else 1.5 * rows[:1000].mean(axis=0)
-    return unit_rows(queries + base)
 
 
 class Limits:

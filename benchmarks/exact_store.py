@@ -28,32 +28,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from exact_search import CLUSTER, noise, queries_of
 from store import make
 
-from twotower.retrieval.index import AnyFloatArray, FloatArray, VectorIndex, unit_rows
+from twotower.retrieval.index import AnyFloatArray, FloatArray, VectorIndex
+from twotower.retrieval.synthetic import ClipLike, queries_of
 
 GIGABYTES = 4.0  # that no phase may hold
 K = 10
 ROUNDS = {1: 20, 16: 10, 256: 3}  # searches by the number of queries
 CHECKED = 4  # queries compared with all rows
-
-
-class ClipLike:
-    """Rows of a common cone, in clusters, with a spectrum of energy 1 / i."""
-
-    def __init__(self, count: int, dim: int) -> None:
-        rng = np.random.default_rng(0)
-        self._spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
-        self._mean = unit_rows(rng.standard_normal((1, dim)).astype(np.float32))
-        self._centres = unit_rows(noise(rng, -(-count // CLUSTER), self._spectrum))
-
-    def __call__(self, rng: np.random.Generator, count: int, dim: int) -> FloatArray:
-        own = rng.standard_normal((count, dim), np.float32) * self._spectrum
-        own *= 0.6 / np.linalg.norm(own, axis=1, keepdims=True)
-        own += 0.75 * self._centres[rng.integers(0, len(self._centres), count)]
-        own += self._mean
-        return own / np.linalg.norm(own, axis=1, keepdims=True)
 
 
 class Phases:
@@ -202,8 +185,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=place, prefix="exact-store-") as name:
         root = Path(name)
         start = time.perf_counter()
-        drawn = ClipLike(options.rows, options.dim)
-        make(root / "store", options.rows, options.dim, 0, options.dtype, drawn)
+        chunks = ClipLike(options.rows, options.dim).chunks()  # as many rows each as a shard
+        drawn = (root / "store", options.rows, options.dim, 0, options.dtype)
+        make(*drawn, draw=lambda rng, count, dim: next(chunks))
         about = (
             f"{options.rows:,} rows of {options.dim}, {options.dtype}, {options.threads} threads"
         )

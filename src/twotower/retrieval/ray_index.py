@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from twotower.checkpoint.atomic import replacing
 from twotower.config import IndexConfig
-from twotower.retrieval.arrays import map_arrays, write_arrays
+from twotower.retrieval.arrays import map_arrays, whole, write_arrays
 from twotower.retrieval.engine import in_this_process
 from twotower.retrieval.index import (
     INDEXES,
@@ -48,6 +48,9 @@ from twotower.settings import ConfigError
 log = logging.getLogger(__name__)
 
 ShardArray = npt.NDArray[np.int16]
+
+
+SHARDS = "shards"  # what a saved index says of the files that hold its rows
 
 
 class RayIndex:
@@ -192,9 +195,9 @@ class RayIndex:
             work[number] = ("read", self._wanted[number].rows, place, False)
         alive = self._ids.array >= 0
         about = {"parts": parts, "rows": [wanted.rows for wanted in self._wanted]}
-        text = np.frombuffer(json.dumps(about).encode(), np.int8)
-        arrays = {"ids": [self._ids.array[alive]], "owner": [self._owner[alive].astype(np.int64)]}
-        write_arrays(file, {"about": [text], **arrays})
+        arrays = {"ids": self._ids.array[alive], "owner": self._owner[alive].astype(np.int64)}
+        streams = {name: whole(array) for name, array in arrays.items()}
+        write_arrays(file, streams, {SHARDS: json.dumps(about)})
         self._do(work)
 
     def read(self, file: Path) -> None:
@@ -203,8 +206,8 @@ class RayIndex:
         Raises:
             ConfigError: it has another number of shards.
         """
-        arrays = map_arrays(file)
-        about = json.loads(arrays["about"].tobytes())
+        arrays, texts = map_arrays(file)
+        about = json.loads(texts[SHARDS])
         if len(about["parts"]) != self.config.shards:
             raise ConfigError(
                 f"{file} holds {len(about['parts'])} shards, not index.shards="
