@@ -66,8 +66,8 @@ class Coded:
         blocks = [np.array(arrays[name]) for name in sorted(arrays) if name.startswith("rotation.")]
         self.frame = Frame.of_parts(np.array(arrays["centre"]), np.array(arrays["order"]), blocks)
         rows = CodedRows(*(arrays[name] for name in CodedRows._fields))
-        self.store.reserve(len(rows.scale))
         for start in range(0, len(rows.scale), WRITE_ROWS):
+            self.store.reserve(len(rows.scale) - start)
             self.store.append(rows.part(start, start + WRITE_ROWS))
 
     def queries(self, queries: Float64Array) -> native.CodedQueries:
