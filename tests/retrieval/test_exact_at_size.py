@@ -98,6 +98,8 @@ def check(drawn: Plan) -> None:
     queries = rows_of(other, drawn.num_queries, drawn.dim, rng)
     if drawn.count:  # the hardest to tell apart: queries that are rows
         queries[::2] = rows[rng.integers(0, drawn.count, len(queries[::2]))]
+    if drawn.metric is Metric.ip and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
+        drawn = drawn._replace(memory=RowMemory.fp32)  # fp16 refuses them
     answers: list[list[SearchResult]] = []
     for number, tier in enumerate(TIERS):
         index = make(tier, drawn.dim, drawn.metric, memory=drawn.memory)

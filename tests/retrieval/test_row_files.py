@@ -84,6 +84,30 @@ def test_rows_stay_in_the_store_and_deleted_ones_stay_deleted(tier: Tier, tmp_pa
     assert loaded.search(rows[:1].astype(np.float32), 1).ids.tolist() == [[6003]]
 
 
+def advice(path: Path) -> list[bool]:
+    """Of each map of a file in this process, whether the system reads nothing ahead."""
+    found: list[bool] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("VmFlags:"):
+            found.append("rr" in line.split())
+    return sorted(found)
+
+
+def test_a_search_reads_nothing_ahead_and_others_of_the_store_do(tmp_path: Path) -> None:
+    parts = rows_in(tmp_path / "store")
+    file = tmp_path / "store" / "1.npy"
+    index = built(parts)
+    assert advice(file) == [False, True]
+    save_index(index, tmp_path / "index")
+    loaded = load_index(tmp_path / "index")
+    assert advice(file) == [False, True, True] and len(loaded) == len(index)
+    scanned = built(parts, ExactConfig(memory=RowMemory.stored, tier=Tier.reference))
+    assert advice(file) == [False, False, True, True] and len(scanned) == len(index)
+
+
 def test_a_store_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
     home = tmp_path / "run"
     index = built(rows_in(home / "store"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,8 +50,12 @@ class RowFile:
             mtime_ns=stat.st_mtime_ns,
         )
 
-    def rows(self) -> AnyFloatArray:
+    def rows(self, *, at_random: bool = False) -> AnyFloatArray:
         """The rows, memory-mapped.
+
+        Args:
+            at_random: a few are read here and there, so what lies around them is not to be read
+                ahead: a row would cost megabytes.
 
         Raises:
             ConfigError: the file is not there, or is no longer the same.
@@ -62,12 +67,15 @@ class RowFile:
                     f"the index takes its rows from {self.path}, which has changed since; build it "
                     "again"
                 )
-            return np.memmap(self.path, self.kind, "r", self.offset, self.shape)
+            rows = np.memmap(self.path, self.kind, "r", self.offset, self.shape)
         except OSError as error:
             raise ConfigError(
                 f"the index takes its rows from {self.path}, which cannot be read "
                 f"({error.strerror}); put the store back, or build it again"
             ) from error
+        if at_random and isinstance(rows.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            rows.base.madvise(mmap.MADV_RANDOM)
+        return rows
 
     def to_plain(self, folder: Path) -> dict[str, Any]:
         """Its entries, the path as it is seen from a folder."""
