@@ -135,6 +135,21 @@ def test_a_store_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
         load_index(home / "index")
 
 
+@pytest.mark.parametrize("now", ["other", "short", "gone"])
+def test_a_file_that_was_replaced_before_it_was_added_is_not_named(
+    now: str, tmp_path: Path
+) -> None:
+    _, mapped = rows_in(tmp_path / "store")
+    rows, file = np.array(mapped), tmp_path / "store" / "1.npy"
+    file.rename(tmp_path / "old.npy")  # the map shows this one
+    if now != "gone":
+        np.save(file, rows[::-1] if now == "other" else rows[:5])
+    index = built([mapped])
+    check(index, rows, np.arange(400))
+    save_index(index, tmp_path / "index")
+    check(load_index(tmp_path / "index"), rows, np.arange(400))
+
+
 def test_rows_that_may_be_written_to_are_copied_when_saved(tmp_path: Path) -> None:
     rows_in(tmp_path / "store")
     mapped = np.load(tmp_path / "store" / "1.npy", mmap_mode="c")

@@ -34,21 +34,29 @@ class RowFile:
 
     @classmethod
     def of(cls, rows: AnyFloatArray) -> RowFile | None:
-        """The file that rows (n, dim) are mapped from, read-only; None if they are in memory."""
+        """The file that rows (n, dim) are mapped from, read-only; None if they are in memory.
+
+        None, too, where another file has that name by now: the map goes on showing the old one.
+        """
         mapped = rows
         while isinstance(mapped.base, np.memmap):  # a slice of a map has the offset of the whole
             mapped = mapped.base
         if not isinstance(mapped, np.memmap) or mapped.filename is None or mapped.mode != "r":
             return None
-        stat = os.stat(mapped.filename)
-        return cls(
-            path=os.path.abspath(mapped.filename),
-            offset=mapped.offset + rows.ctypes.data - mapped.ctypes.data,
-            shape=(rows.shape[0], rows.shape[1]),
-            kind=rows.dtype.name,
-            size=stat.st_size,
-            mtime_ns=stat.st_mtime_ns,
-        )
+        try:
+            stat = os.stat(mapped.filename)
+            made = cls(
+                path=os.path.abspath(mapped.filename),
+                offset=mapped.offset + rows.ctypes.data - mapped.ctypes.data,
+                shape=(rows.shape[0], rows.shape[1]),
+                kind=rows.dtype.name,
+                size=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+            )
+            there, ends = made.rows(), [0, -1]
+        except (OSError, ConfigError, ValueError):  # it is gone, or shorter
+            return None
+        return made if np.array_equal(rows[ends], there[ends]) else None
 
     def rows(self, *, at_random: bool = False) -> AnyFloatArray:
         """The rows, memory-mapped.
