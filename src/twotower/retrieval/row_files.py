@@ -81,8 +81,9 @@ class RowFile:
                 f"the index takes its rows from {self.path}, which cannot be read "
                 f"({error.strerror}); put the store back, or build it again"
             ) from error
-        if at_random and isinstance(rows.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
-            rows.base.madvise(mmap.MADV_RANDOM)
+        mapping: object = rows.base
+        if at_random and isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM)
         return rows
 
     def to_plain(self, folder: Path) -> dict[str, Any]:
