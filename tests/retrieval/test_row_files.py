@@ -58,8 +58,8 @@ def test_rows_stay_in_the_store_and_deleted_ones_stay_deleted(tier: Tier, tmp_pa
     rows = np.concatenate([*parts, np.ones((3, DIM), np.float16)])
     save_index(index, tmp_path / "index")
     data = next((tmp_path / "index").glob("*.bin"))
-    # A code a value, an fp64 norm, an int64 id, three fp32 numbers; the frame and the header.
-    assert data.stat().st_size < 6000 * (DIM + 8 + 8 + 12) + 8192
+    # A code a value, an fp64 norm, an int64 id, a few fp32 numbers; the frame and the header.
+    assert data.stat().st_size < 6000 * (DIM + 8 + 8 + 5 * 4) + 8192
     loaded = load_index(tmp_path / "index")
     check(loaded, rows[:6000], np.arange(6000))
 
