@@ -58,8 +58,8 @@ def test_rows_stay_in_the_store_and_deleted_ones_stay_deleted(tier: Tier, tmp_pa
     rows = np.concatenate([*parts, np.ones((3, DIM), np.float16)])
     save_index(index, tmp_path / "index")
     data = next((tmp_path / "index").glob("*.bin"))
-    # A code a value, an fp64 norm, an int64 id, three fp32 numbers; the frame and the header.
-    assert data.stat().st_size < 6000 * (DIM + 8 + 8 + 12) + 8192
+    # A code a value, an fp64 norm, an int64 id, a few fp32 numbers; the frame and the header.
+    assert data.stat().st_size < 6000 * (DIM + 8 + 8 + 5 * 4) + 8192
     loaded = load_index(tmp_path / "index")
     check(loaded, rows[:6000], np.arange(6000))
 
@@ -82,6 +82,30 @@ def test_rows_stay_in_the_store_and_deleted_ones_stay_deleted(tier: Tier, tmp_pa
         check(loaded, rows[ids], ids)
     loaded.add(rows[:1], normalized=True)
     assert loaded.search(rows[:1].astype(np.float32), 1).ids.tolist() == [[6003]]
+
+
+def advice(path: Path) -> list[bool]:
+    """Of each map of a file in this process, whether the system reads nothing ahead."""
+    found: list[bool] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("VmFlags:"):
+            found.append("rr" in line.split())
+    return sorted(found)
+
+
+def test_a_search_reads_nothing_ahead_and_others_of_the_store_do(tmp_path: Path) -> None:
+    parts = rows_in(tmp_path / "store")
+    file = tmp_path / "store" / "1.npy"
+    index = built(parts)
+    assert advice(file) == [False, True]
+    save_index(index, tmp_path / "index")
+    loaded = load_index(tmp_path / "index")
+    assert advice(file) == [False, True, True] and len(loaded) == len(index)
+    scanned = built(parts, ExactConfig(memory=RowMemory.stored, tier=Tier.reference))
+    assert advice(file) == [False, False, True, True] and len(scanned) == len(index)
 
 
 def test_a_store_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
@@ -109,6 +133,21 @@ def test_a_store_that_has_changed_or_gone_is_refused(tmp_path: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(ConfigError, match="has changed since"):
         load_index(home / "index")
+
+
+@pytest.mark.parametrize("now", ["other", "short", "gone"])
+def test_a_file_that_was_replaced_before_it_was_added_is_not_named(
+    now: str, tmp_path: Path
+) -> None:
+    _, mapped = rows_in(tmp_path / "store")
+    rows, file = np.array(mapped), tmp_path / "store" / "1.npy"
+    file.rename(tmp_path / "old.npy")  # the map shows this one
+    if now != "gone":
+        np.save(file, rows[::-1] if now == "other" else rows[:5])
+    index = built([mapped])
+    check(index, rows, np.arange(400))
+    save_index(index, tmp_path / "index")
+    check(load_index(tmp_path / "index"), rows, np.arange(400))
 
 
 def test_rows_that_may_be_written_to_are_copied_when_saved(tmp_path: Path) -> None:

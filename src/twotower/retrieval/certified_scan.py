@@ -72,8 +72,8 @@ class Coded:
             return False  # only the C scan can do with a tail
         self._use(Frame.of_parts(centre, order, blocks, int(head[0])))
         rows = CodedRows(*(arrays[name] for name in CodedRows._fields))
-        self.store.reserve(len(rows.scale))
         for start in range(0, len(rows.scale), WRITE_ROWS):
+            self.store.reserve(len(rows.scale) - start)
             self.store.append(rows.part(start, start + WRITE_ROWS))
         return True
 

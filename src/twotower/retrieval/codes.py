@@ -68,11 +68,13 @@ class CodeStore:
         self.head = head if head < self._dim else self.width
 
     def reserve(self, count: int) -> None:
-        """Make room in the last shard, if it will be asked for, without copying later."""
-        room = self.shards[-1].places - self.shards[-1].used if self.shards else 0
-        if self.shards and room < count and self.shards[-1].places < self._shard_rows:
-            shard = self.shards[-1]
-            self._grow(shard, max(shard.used + count, 2 * shard.places))
+        """Make room for rows to come, in the last shard or a new one, without copying later."""
+        last = self.shards[-1] if self.shards else None
+        if last is None or last.used == last.places >= self._shard_rows:
+            first = last.first + last.used if last else 0
+            self.shards.append(self._empty(first, max(count, LEAST_ROWS)))
+        elif last.places - last.used < count and last.places < self._shard_rows:
+            self._grow(last, max(last.used + count, 2 * last.places))
 
     def append(self, rows: CodedRows) -> None:
         """Add the codes of rows at the next places."""
@@ -87,13 +89,8 @@ class CodeStore:
 
     def _last(self, count: int) -> Shard:
         """A shard with a free place."""
-        if self.shards and self.shards[-1].used < self.shards[-1].places:
-            return self.shards[-1]
-        if self.shards and self.shards[-1].places < self._shard_rows:
-            self._grow(self.shards[-1], self.shards[-1].places + count)
-            return self.shards[-1]
-        first = self.shards[-1].first + self.shards[-1].used if self.shards else 0
-        self.shards.append(self._empty(first, max(count, LEAST_ROWS)))
+        if not self.shards or self.shards[-1].used == self.shards[-1].places:
+            self.reserve(count)
         return self.shards[-1]
 
     def _empty(self, first: int, places: int) -> Shard:

@@ -70,6 +70,7 @@ class ExactIndex:
         self.dim = dim
         self._rows = Rows(dim, config.metric)
         self._scan = make_scan(config.tier, self._rows)
+        self._rows.at_random = self._scan is not None
         self._reference = ReferenceScan(self._rows, config.block_rows)
 
     def __len__(self) -> int:
@@ -196,7 +197,8 @@ class ExactIndex:
         parts: list[KeptRows] = []
         for name in sorted({name for name in arrays if name.startswith("rows.")} | set(files)):
             if name in files:
-                parts.append((files[name].rows(), files[name]))
+                mapped = files[name].rows(at_random=self._rows.at_random)
+                parts.append((mapped, files[name]))
             else:
                 parts.append((arrays[name] if stored else np.array(arrays[name]), None))
         ids = np.array(arrays["ids"])
@@ -204,7 +206,7 @@ class ExactIndex:
         if not self._scan or self._scan.coded.take(arrays):
             return
         for part in self._rows.parts:  # another scan wrote the file, or one without codes
-            self._scan.append(part.rows)
+            self._scan.append(part.file.rows() if part.file else part.rows)
         self._scan.delete(np.flatnonzero(ids < 0))
 
 

@@ -58,6 +58,7 @@ class Rows:
         self.parts: list[Part] = []
         self.ids = RowIds()
         self.size = 0  # positions, those of deleted rows with them
+        self.at_random = False  # whether a search reads but a few rows, here and there
 
     def __len__(self) -> int:
         return self.ids.alive
@@ -82,7 +83,10 @@ class Rows:
         self.ids.extend(len(rows), ids)
         if not len(rows):
             return
-        self.parts.append(Part(rows, norms, self.size, RowFile.of(rows)))
+        file = RowFile.of(rows)
+        if file:  # a map of our own, which can be advised otherwise than the caller's
+            rows = file.rows(at_random=self.at_random)
+        self.parts.append(Part(rows, norms, self.size, file))
         self.size += len(rows)
         while len(self.parts) > 1 and _alike(*self.parts[-2:]):
             one, other = self.parts[-2:]
