@@ -41,13 +41,14 @@ def plans(draw: st.DrawFn, numbers: int = 600_000) -> Plan:
     """A plan whose rows have so many numbers at most, and brute force 30 times the work."""
     dim = draw(st.one_of(st.integers(1, 100), st.integers(1, 4096), st.sampled_from(DIMS)))
     count = draw(st.integers(0, min(100_000, numbers // dim)))
-    work = 30 * numbers // max(1, count * dim)
+    k = draw(st.one_of(st.integers(1, 20), st.integers(1, max(1, count)), st.just(count or 1)))
+    work = min(30 * numbers // max(1, count * dim), 100_000 // k)  # results are compared one by one
     return Plan(
         kinds=(draw(st.sampled_from(KINDS)), draw(st.sampled_from(KINDS))),
         count=count,
         dim=dim,
         num_queries=draw(st.integers(0, max(1, min(300, work)))),
-        k=draw(st.one_of(st.integers(1, 20), st.integers(1, max(1, count)), st.just(count or 1))),
+        k=k,
         metric=draw(st.sampled_from(list(Metric))),
         memory=draw(st.sampled_from(list(RowMemory))),
         shard_rows=draw(st.sampled_from([64, 192, 5000, 1 << 20])),
