@@ -187,7 +187,7 @@ def test_gates_run_in_order(
     scripts = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
     assert logged(root) == [
         "made .venv-test",
-        f"installed .[cpu,heif,lora,onnx,quickstart,wandb,test,dev{more}]",
+        f"installed .[cpu,heif,lora,milvus,onnx,quickstart,wandb,test,dev{more}]",
         "ruff check src tests conf",
         "ruff format --check src tests conf",
         "mypy ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_what_it_made_for_itself_ends_with_it_unless_it_was_saved(uri: str, tmp_
     name = index.collection.name
     assert client_of(uri).has_collection(name)
     del index
+    gc.collect()
     assert not client_of(uri).has_collection(name)
     index, _, queries = filled(MilvusConfig(uri=uri))
     save_index(index, tmp_path, "rows")

@@ -39,6 +39,11 @@ class Shard:
     tail_norm: FloatArray
 
     @property
+    def both(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
+        """The codes of heads and of tails."""
+        return self.codes, self.tail
+
+    @property
     def places(self) -> int:
         """Rows that it has memory for."""
         return len(self.scale)
@@ -126,7 +131,7 @@ class CodeStore:
             return
         flipped = np.full((len(rows.scale), self.width), 0x80, np.uint8)
         flipped[:, : self._dim] = rows.codes.view(np.uint8) ^ 0x80
-        words = flipped.reshape(len(flipped), -1, 4)
+        words = flipped.view(np.uint32)  # four dimensions each
         _write_panels(shard.codes, start, words[:, : self.head // 4])
         if self.head < self.width:
             _write_panels(shard.tail, start, words[:, self.head // 4 :])
@@ -157,24 +162,31 @@ class CodeStore:
             plain: Codes = shard.codes[low:high, : self._dim].view(np.int8)
             return plain
         place = np.arange(low, high)
-        both = [
-            panels[place // PANEL, :, place % PANEL].view(np.uint8).reshape(len(place), -1)
-            for panels in (shard.codes, shard.tail)
-        ]
-        codes: Codes = (np.concatenate(both, axis=1)[:, : self._dim] ^ 0x80).view(np.int8)
+        both = [_as_words(panels)[place // PANEL, :, place % PANEL] for panels in shard.both]
+        flipped = np.concatenate(both, axis=1).view(np.uint8)
+        codes: Codes = (flipped[:, : self._dim] ^ 0x80).view(np.int8)
         return codes
 
 
-def _write_panels(panels: npt.NDArray[np.generic], start: int, words: Bytes) -> None:
-    """Put the codes (n, words, 4) of rows into panels (N, words, 64, 4), from row `start` on."""
+def _as_words(panels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint32]:
+    """Panels (N, words, 64, 4) as numbers of four bytes (N, words, 64)."""
+    words: npt.NDArray[np.uint32] = panels.view(np.uint32)[..., 0]
+    return words
+
+
+def _write_panels(
+    panels: npt.NDArray[np.generic], start: int, words: npt.NDArray[np.uint32]
+) -> None:
+    """Put the codes (n, words) of rows into panels (N, words, 64, 4), from row `start` on."""
+    places = _as_words(panels)
     head = min(-start % PANEL, len(words))
     even = head + (len(words) - head) // PANEL * PANEL
     for low, high in ((0, head), (even, len(words))):
         place = np.arange(start + low, start + high)
-        panels[place // PANEL, :, place % PANEL] = words[low:high]
-    whole = words[head:even].reshape(-1, PANEL, *words.shape[1:]).transpose(0, 2, 1, 3)
+        places[place // PANEL, :, place % PANEL] = words[low:high]
+    whole = words[head:even].reshape(-1, PANEL, words.shape[1]).transpose(0, 2, 1)
     first = (start + head) // PANEL
-    panels[first : first + len(whole)] = whole
+    places[first : first + len(whole)] = whole
 
 
 def huge_pages(size: int) -> Bytes:
