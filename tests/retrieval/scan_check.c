@@ -60,7 +60,8 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     float *values = room(sizeof(float) * (size_t)(rows * dim));
     uint8_t *codes = room((size_t)(places * head * 4)), *tail = room((size_t)(places * rest * 4));
     float *tail_norm = room(sizeof(float) * (size_t)places);
-    float *scale = room(sizeof(float) * (size_t)places), *norm = room(sizeof(float) * (size_t)places);
+    float *scale = room(sizeof(float) * (size_t)places);
+    float *norm = room(sizeof(float) * (size_t)places);
     float *error = room(sizeof(float) * (size_t)places);
     int64_t *ids = room(sizeof(int64_t) * (size_t)rows);
     int8_t *one = room((size_t)(words * 4));
@@ -106,9 +107,16 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     int32_t *scratch = room(sizeof *scratch * (size_t)size);
     int64_t *position = room(sizeof(int64_t) * (size_t)(num_queries * k)), count[4] = {0};
     double *score = room(sizeof(double) * (size_t)(num_queries * k));
-    const tt_shard shard = {codes, tail, scale, error, norm, tail_norm, panels, 0};
+    /* A shard of one panel, an empty one, and the rest. */
+    const int64_t cut = panels > 0, at = cut * PANEL;
+    const tt_shard shards[3] = {
+        {codes, tail, scale, error, norm, tail_norm, cut, 0},
+        {codes, tail, scale, error, norm, tail_norm, 0, at},
+        {codes + at * head * 4, tail + at * rest * 4, scale + at, error + at, norm + at,
+         tail_norm + at, panels - cut, at},
+    };
     const tt_part parts[2] = {{values, 0, 0}, {values + rows / 2 * dim, rows / 2, 0}};
-    const tt_job job = {&shard, parts, ids, rows > 0, 2, dim, words, head, query_codes,
+    const tt_job job = {shards, parts, ids, rows > 0 ? 3 : 0, 2, dim, words, head, query_codes,
                         query_scale, query_error, query_tail_norm, queries,
                         query_norm, centre, num_queries, k, 1, threads, level, scratch, size,
                         position, score, count};
@@ -137,23 +145,47 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
     free(centre), free(single), free(position), free(score), free(tail);
     free(tail_norm), free(query_tail_norm), free(scratch);
     if (bad)
-        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld kind %d %d\n",
-                (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads, kind,
-                split);
+        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld %d %d\n",
+                (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads,
+                kind, split);
     return bad;
+}
+
+/* A rotation by every level beside a double loop. */
+static int check_turn(int64_t count, int64_t dim, int64_t stride, int64_t threads) {
+    double *vectors = room(sizeof(double) * (size_t)(count * stride)), worst = 0;
+    double *out = room(sizeof(double) * (size_t)(count * stride));
+    float *columns = room(sizeof(float) * (size_t)(dim * dim));
+    for (int64_t i = 0; i < count * stride; i++) vectors[i] = uniform();
+    for (int64_t i = 0; i < dim * dim; i++) columns[i] = uniform();
+    for (int64_t level = -1; level <= tt_level(); level++) {
+        if (level < 0) tt_turn(vectors, columns, count, dim, stride, out, threads);
+        for (int64_t i = 0; level >= 0 && i < count; i += TURNED)
+            choose_kernels(level).turn(vectors + i * stride, stride, columns, dim,
+                                       out + i * stride);
+        for (int64_t i = 0; i < count * dim; i++) {
+            double sum = 0;
+            for (int64_t j = 0; j < dim; j++)
+                sum += vectors[i / dim * stride + j] * columns[j * dim + i % dim];
+            worst = fmax(worst, fabs(sum - out[i / dim * stride + i % dim]));
+        }
+    }
+    free(vectors), free(out), free(columns);
+    if (worst > 1e-10) fprintf(stderr, "wrong turn: count %ld dim %ld\n", (long)count, (long)dim);
+    return worst > 1e-10;
 }
 
 int main(void) {
     static const int64_t rows[] = {0, 1, 63, 64, 65, 3000}, dims[] = {1, 4, 7, 100, 512};
     static const int64_t queries[] = {1, 6, 13}, ks[] = {1, 10, 100};
-    int bad = 0;
+    int bad = check_turn(4, 1, 1, 1) | check_turn(8, 16, 20, 2) | check_turn(100, 33, 33, 3);
     for (int64_t level = 0; level <= tt_level(); level++)
         for (int kind = 0; kind < 8; kind++)
             for (int r = 0; r < 6; r++)
                 for (int d = 0; d < 5; d++)
                     for (int q = 0; q < 3; q++)
                         bad |= check(rows[r], dims[d] > 7 && rows[r] > 65 && q ? 33 : dims[d],
-                                     queries[q], ks[(r + d + q) % 3], level, 1 + (r + q) % 3, kind % 4,
-                                     kind / 4);
+                                     queries[q], ks[(r + d + q) % 3], level, 1 + (r + q) % 3,
+                                     kind % 4, kind / 4);
     return bad;
 }

@@ -82,7 +82,7 @@ class HeadsFirst(NativeScan):
         self._experience = Eager()
 
     def _take_scratch(self, count: int) -> npt.NDArray[np.int32]:
-        return super()._take_scratch(count)[: native.SCRATCH * count * 5]  # 5 panels
+        return super()._take_scratch(count)[: native.HEAD_NUMBERS * count * 5]  # 5 panels
 
 
 class Eager(HeadExperience):
@@ -178,9 +178,12 @@ def check_every_tier(case: Case) -> None:
 @pytest.mark.parametrize("kind", ["clip", "duplicated", "integers", "constant"])
 def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
     rng = np.random.default_rng(1)
-    rows, queries = rows_of(kind, 2500, 24, rng), rows_of(kind, 9, 24, rng)
-    index = make(tier, 24)
+    rows, queries = rows_of(kind, 2500, 40, rng), rows_of(kind, 9, 40, rng)
+    index = make(tier, 40)
     index.add(rows)
+    if "heads" in tier:
+        assert index._scan is not None
+        assert index._scan.coded.store.head == 16
     want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
     for count in (1, 2, 5):
         with num_threads(count):
@@ -306,6 +309,47 @@ def resident() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = (line.split() for line in lines if line.startswith("Rss"))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
+
+
+def test_an_interrupted_add_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((5000, 8)).astype(np.float32)
+    index = make("native 0", 8)
+    index.add(rows[:10])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CodeStore, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index.add(rows)
+    index.add(rows[:10])
+    for use in (lambda: index.search(rows[:1], 1), lambda: index.write(tmp_path / "index")):
+        with pytest.raises(ConfigError, match="was interrupted; build it again"):
+            use()
+
+
+def test_an_emptied_index_is_saved_and_its_ids_are_not_given_again(tmp_path: Path) -> None:
+    index = make("native 0", 8)
+    index.add(np.eye(8, dtype=np.float32))
+    index.delete(np.arange(8))
+    for name in ("one", "two"):
+        index.write(tmp_path / name)
+        index = make("native 0", 8)
+        index.read(tmp_path / name)
+        assert len(index) == 0
+    index.add(np.eye(8, dtype=np.float32)[:1])
+    assert index.search(np.eye(8, dtype=np.float32)[:1], 1).ids.tolist() == [[8]]
+
+
+def test_a_library_of_other_structures_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_Shard", native._Part)
+    assert native.library() is None
+    monkeypatch.undo()
+    native.library.cache_clear()
+    assert native.library() is not None
 
 
 def test_few_rows_are_scored_exactly() -> None:

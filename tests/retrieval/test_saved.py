@@ -71,7 +71,7 @@ def test_a_damaged_index_is_named(kind: str, tmp_path: Path) -> None:
     for change, sentence in (
         ({"rows": 41}, "is damaged"),
         ({"kind": "annoy"}, "another version of twotower"),
-        ({"format": 2}, "another version of twotower"),
+        ({"format": 1}, "another version of twotower"),
         ({"config": {"blocks": 3}}, "index.blocks is not known"),
     ):
         (tmp_path / "index.json").write_text(json.dumps({**manifest, **change}))

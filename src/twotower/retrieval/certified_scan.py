@@ -30,8 +30,8 @@ class Coded:
         if self.frame is None:
             self._use(Frame.of(rows, tail_energy=self._tail_energy))
         assert self.frame is not None
-        self.store.reserve(len(rows))
-        for _, coded in self.frame.code_rows(rows):
+        for start, coded in self.frame.code_rows(rows):
+            self.store.reserve(len(rows) - start)
             self.store.append(coded)
 
     def _use(self, frame: Frame) -> None:
@@ -53,7 +53,7 @@ class Coded:
         made["codes"] = Stream(np.dtype(np.int8), shape, self._codes(kept))
         for name in CodedRows._fields[1:]:
             column = [getattr(shard, name)[: shard.used] for shard in self.store.shards]
-            made[name] = whole(np.concatenate(column)[kept])
+            made[name] = whole(np.concatenate([np.empty(0, np.float32), *column])[kept])
         return made
 
     def _codes(self, kept: npt.NDArray[np.bool_]) -> Iterator[Codes]:

@@ -25,7 +25,7 @@ DEAD = -np.inf  # an error that no threshold lets through: of deleted rows and u
 class Shard:
     """Places for rows, of which the first `used` are taken.
 
-    `codes` is (panels, words, 64, 4) bytes, each 128 above its code, or (places, dim) int8; so is
+    `codes` is (panels, words, 64, 4) bytes, each 128 above its code, or (places, width) int8; so is
     `tail`, whose columns are empty where there is none.
     """
 
@@ -71,6 +71,11 @@ class CodeStore:
         """Keep the dimensions from `head` on apart, if there are any; the store must be empty."""
         assert not self.shards
         self.head = head if head < self._dim else self.width
+
+    @property
+    def size(self) -> int:
+        """Rows that were added, deleted ones with them."""
+        return self.shards[-1].first + self.shards[-1].used if self.shards else 0
 
     def reserve(self, count: int) -> None:
         """Make room for rows to come, in the last shard or a new one, without copying later."""

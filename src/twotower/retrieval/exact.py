@@ -36,6 +36,7 @@ from twotower.retrieval.tiers import Tier, make_scan
 from twotower.settings import ConfigError, setting
 
 FILES = "row_files"  # what a saved index says of rows that lie outside of it
+NEXT = "next_id"  # and of the id that the next row gets
 
 
 class RowMemory(enum.Enum):
@@ -118,6 +119,7 @@ class ExactIndex:
     def search(self, queries: AnyFloatArray, k: int) -> SearchResult:
         """The k best rows of each query (Q, dim); see `VectorIndex.search`."""
         check_query(queries, self.dim, k)
+        self._check_whole()
         result = no_hits(len(queries), k)
         k = min(k, len(self))
         if not k:
@@ -139,6 +141,15 @@ class ExactIndex:
                 result.scores[place] = scores
             result.ids[place] = self._rows.ids.array[found.position]
         return result
+
+    def _check_whole(self) -> None:
+        """Refuse to go on with rows that have no codes.
+
+        Raises:
+            ConfigError: an `add` ended early, as by Ctrl-C.
+        """
+        if self._scan and self._scan.coded.store.size != self._rows.size:
+            raise ConfigError("adding rows to this index was interrupted; build it again")
 
     def score(self, queries: AnyFloatArray, ids: IdArray) -> tuple[Float64Array, Float64Array]:
         """The exact scores (Q, k) of rows by their ids (Q, k), and by how much a tie may differ.
@@ -166,6 +177,7 @@ class ExactIndex:
         Rows that are mapped from a store's file stay there, and this file names it; of such a file
         deleted rows keep their places. Elsewhere they are left out.
         """
+        self._check_whole()
         ids = self._rows.ids.array
         kept = ids >= 0
         arrays, files = {}, {}
@@ -180,7 +192,8 @@ class ExactIndex:
         arrays.update(ids=whole(ids[kept]), norms=whole(self._rows.norms()[kept]))
         if self._scan:
             arrays.update(self._scan.coded.arrays(kept))
-        write_arrays(file, arrays, {FILES: json.dumps(files)})
+        about = {FILES: json.dumps(files), NEXT: str(self._rows.ids.next)}
+        write_arrays(file, arrays, about)
 
     def read(self, file: Path) -> None:
         """Take over what `write` wrote; rows stay in files where the config says `stored`.
@@ -202,7 +215,7 @@ class ExactIndex:
             else:
                 parts.append((arrays[name] if stored else np.array(arrays[name]), None))
         ids = np.array(arrays["ids"])
-        self._rows.restore(parts, np.array(arrays["norms"]), ids)
+        self._rows.restore(parts, np.array(arrays["norms"]), ids, int(about[NEXT]))
         if not self._scan or self._scan.coded.take(arrays):
             return
         for part in self._rows.parts:  # another scan wrote the file, or one without codes

@@ -29,7 +29,6 @@ from twotower.retrieval.index import (
     NO_ID,
     AnyFloatArray,
     IdArray,
-    RowIds,
     SearchResult,
     VectorIndex,
     as_searched,
@@ -38,6 +37,7 @@ from twotower.retrieval.index import (
     no_hits,
 )
 from twotower.retrieval.rerank import RerankedIndex
+from twotower.retrieval.row_ids import RowIds
 from twotower.settings import ConfigError, setting
 
 

@@ -15,7 +15,6 @@ from twotower.retrieval.index import (
     INDEXES,
     AnyFloatArray,
     IdArray,
-    RowIds,
     SearchResult,
     as_searched,
     check_query,
@@ -31,6 +30,7 @@ from twotower.retrieval.milvus_collection import (
     is_server,
     own_file,
 )
+from twotower.retrieval.row_ids import RowIds
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)

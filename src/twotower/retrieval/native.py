@@ -20,8 +20,9 @@ from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
 log = logging.getLogger(__name__)
 
 HEAD_QUERIES = 6  # TILE of scan.c: so many queries, at most, are scanned by their heads first
+HEAD_NUMBERS = 65  # that are then kept of a panel and query
+GROUP_BYTES = 1 << 23  # of codes that a thread takes at a time, at most
 TURNED = 4  # vectors that are rotated at once
-SCRATCH = 65  # numbers that are then kept of a panel and query
 
 
 class _Shard(Structure):
@@ -52,8 +53,8 @@ class _Job(Structure):
         ("query_tail_norm", c_void_p),
         *((name, c_void_p) for name in ("queries", "query_norm", "query_centre")),
         *((name, c_int64) for name in ("num_queries", "k", "cosine", "threads", "level")),
-        ("scratch", c_void_p),
-        ("scratch_size", c_int64),
+        ("said", c_void_p),
+        ("said_size", c_int64),
         *((name, c_void_p) for name in ("position", "score", "count")),
     ]
 
@@ -94,6 +95,10 @@ def library() -> ctypes.CDLL | None:
             loaded.tt_level_name.argtypes = [c_int]
             loaded.tt_level_name.restype = c_char_p
             loaded.tt_turn.restype = None
+            loaded.tt_layout.restype = c_int64
+            layout = 1000 * ctypes.sizeof(_Job) + ctypes.sizeof(_Shard)
+            if loaded.tt_layout() != layout:
+                raise AttributeError("it was built from another source; run pip install again")
         except (OSError, AttributeError) as error:
             log.debug("cannot use %s: %s", file, error)
             continue

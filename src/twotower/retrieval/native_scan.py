@@ -17,10 +17,11 @@ from twotower.retrieval.codes import huge_pages
 from twotower.retrieval.rows import Rows
 
 NATIVE_QUERIES = 512  # queries a call: what a thread keeps of them stays in the cache
-SCRATCH = 1 << 25  # numbers, 128 MB, kept between searches
+MOST_SCRATCH = 1 << 25  # numbers, 128 MB, kept between searches
 NOTHING = np.empty(0, np.int32)
 HEAD_ROWS = 1 << 18  # from so many rows on heads are worth a phase of their own
-REMEMBERED, NEIGHBOURS = 64, 3  # searches of each k; those with the nearest tails decide
+ROWS_A_RESULT = 256  # and from so many for each of the k results
+REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this k; those with the nearest tails decide
 EXPLORE = 32  # one search of so many begins with the heads all the same
 WORTH_WHILE = 0.55  # of the panels opened, at most: with more, all at once is faster
 KEPT = 1 << 22  # lower bounds and candidates that all threads keep together, at most
@@ -39,7 +40,7 @@ class HeadExperience:
 
     def ask(self, k: int, tail: float) -> bool:
         """Whether to begin with the heads, for queries whose tails are at most so long."""
-        known = list(self._known.get(k, ()))
+        known = list(self._known.get(k.bit_length(), ()))
         self._asked += 1
         if len(known) < NEIGHBOURS or self._asked % EXPLORE == 0:
             return True
@@ -48,7 +49,7 @@ class HeadExperience:
 
     def learn(self, k: int, tail: float, opened: float) -> None:
         """Note which share of the panels had to be read beyond their heads."""
-        self._known.setdefault(k, deque(maxlen=REMEMBERED)).append((tail, opened))
+        self._known.setdefault(k.bit_length(), deque(maxlen=REMEMBERED)).append((tail, opened))
 
 
 def rotate(unit: Float64Array, frame: Frame) -> Float64Array:
@@ -81,8 +82,10 @@ class NativeScan(CodedScan):
 
         Fresh pages for each search would cost as much as a tenth of it.
         """
-        panels = sum(len(shard.codes) for shard in self.coded.store.shards)
-        wanted = min(native.SCRATCH * count * panels, SCRATCH)
+        store = self.coded.store
+        group = native.GROUP_BYTES // (64 * store.width) + 1  # a shard's last one is counted whole
+        panels = sum(len(shard.codes) + group for shard in store.shards)
+        wanted = min(native.HEAD_NUMBERS * count * panels, MOST_SCRATCH)
         try:
             last = self._scratch.pop()
         except IndexError:  # the first search, or another thread has it
@@ -94,8 +97,9 @@ class NativeScan(CodedScan):
         coded = self.coded.queries(queries, rotate)
         tail = float(coded.coded.tail_norm.max())
         split = self.coded.store.head < self.coded.store.width
-        few = len(queries) <= native.HEAD_QUERIES and self._rows.size >= self._head_rows
-        by_heads = split and few and self._experience.ask(k, tail)
+        few = len(queries) <= native.HEAD_QUERIES
+        many = self._rows.size >= self._head_rows and self._rows.size >= ROWS_A_RESULT * k
+        by_heads = split and few and many and self._experience.ask(k, tail)
         scratch = self._take_scratch(len(queries)) if by_heads else NOTHING
         found = native.search(
             self.coded.store.shards,

@@ -27,7 +27,6 @@ from twotower.retrieval.index import (
     NO_ID,
     AnyFloatArray,
     IdArray,
-    RowIds,
     SearchResult,
     check_query,
     check_rows,
@@ -43,6 +42,7 @@ from twotower.retrieval.journal import (
 )
 from twotower.retrieval.ray_cluster import Shards, Unavailable
 from twotower.retrieval.ray_shard import TOKEN, Wanted
+from twotower.retrieval.row_ids import RowIds
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from twotower.retrieval.certificate import Float64Array
 from twotower.retrieval.index import (
     AnyFloatArray,
     IdArray,
-    RowIds,
     as_searched,
     divisors,
     norms_of,
 )
 from twotower.retrieval.row_files import RowFile
+from twotower.retrieval.row_ids import RowIds
 from twotower.settings import ConfigError
 
 RERANK = 256  # rows scored exactly at a time: 1 MB at 512 dimensions, which stays in the cache
@@ -94,9 +94,11 @@ class Rows:
             norms = np.concatenate([one.norms, other.norms])
             self.parts[-2:] = [Part(joined, norms, one.start)]
 
-    def restore(self, parts: Sequence[KeptRows], norms: Float64Array, ids: IdArray) -> None:
+    def restore(
+        self, parts: Sequence[KeptRows], norms: Float64Array, ids: IdArray, next_id: int
+    ) -> None:
         """Take over saved rows, all norms (N,) and ids (N,); deleted ones are negative."""
-        self.ids.restore(ids)
+        self.ids.restore(ids, next_id)
         for rows, file in parts:
             stop = self.size + len(rows)
             self.parts.append(Part(rows, norms[self.size : stop], self.size, file))
@@ -150,7 +152,8 @@ def as_stored(rows: AnyFloatArray, metric: Metric, normalized: bool) -> AnyFloat
     What is the caller's array still is copied: he may go on writing into it.
     """
     if (normalized or metric is Metric.ip) and rows.dtype in (np.float32, np.float16):
-        mapped = isinstance(rows, np.memmap) and rows.flags.c_contiguous
+        read_only = isinstance(rows, np.memmap) and rows.mode == "r"
+        mapped = read_only and rows.flags.c_contiguous
         return rows if mapped else np.array(rows, order="C")
     kept = as_searched(rows, metric, normalized)
     return kept.copy() if np.may_share_memory(kept, rows) else kept

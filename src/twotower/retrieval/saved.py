@@ -13,7 +13,7 @@ from twotower.config import IndexConfig
 from twotower.retrieval.index import INDEXES, VectorIndex
 from twotower.settings import ConfigError, from_plain, to_plain
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "index.json"
 
 

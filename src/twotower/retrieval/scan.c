@@ -1,17 +1,19 @@
-/* Certified exact top-k: a scan of int8 codes by bounds, then a re-rank of the few rows left in fp64.
+/* Certified exact top-k: a scan of int8 codes by bounds, then a re-rank of the few rows left in
+ * fp64.
  *
- * Row x is held as code p (int8), scale s, norm n and error e; a unit query q as code c, scale t and
- * error u. Then |q.(x - centre) - t s (c.p)| <= u n + e =: w; what e includes stands in
+ * Row x is held as code p (int8), scale s, norm n and error e; a unit query q as code c, scale t
+ * and error u. Then |q.(x - centre) - t s (c.p)| <= u n + e =: w; what e includes stands in
  * certificate.py, which makes all of them. A row can be among the best k only if its upper bound
- * t s (c.p) + w reaches the k-th best lower bound t s (c.p) - w. The scores that decide are summed in
- * fp64 in an order that only the dimension decides, so that the answer depends on nothing else.
+ * t s (c.p) + w reaches the k-th best lower bound t s (c.p) - w. The scores that decide are summed
+ * in fp64 in an order that only the dimension decides: the answer depends on nothing else.
  *
  * Codes lie in panels of 64 rows: [dim / 4][64][4] bytes, each p + 128.
  *
- * Where few dimensions hold most of the energy, the first `head` words are those dimensions, at twice
- * the scale (of rows and queries: four times in products), and the rest, the tail, lies in panels
- * elsewhere. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x| to what the head says. A search of few queries, whose time is
- * that of reading the codes, then has phases, if it is given the memory for it:
+ * Where few dimensions hold most of the energy, the first `head` words are those dimensions, at
+ * twice the scale (of rows and queries: four times in products), and the rest, the tail, lies in
+ * panels elsewhere. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x| to what the
+ * head says. A search of few queries, whose time is that of reading the codes, then has phases, if
+ * it is given the memory for it:
  *   heads   what the head says of each row, and the best bound of each panel;
  *   seed    the rows that look best, scored, make a threshold;
  *   open    the tails of the panels whose bound reaches it;
@@ -52,8 +54,8 @@ typedef struct {
     const double *query_norm;   /* what a dot product is divided by for the unit query's score */
     const double *query_centre; /* unit query . centre */
     int64_t num_queries, k, cosine, threads, level;
-    int32_t *scratch;      /* of what heads say: 65 numbers a panel and query, as many as there are */
-    int64_t scratch_size;
+    int32_t *said; /* by heads: PANEL + 1 numbers a panel and query; as much as there is room for */
+    int64_t said_size;
     int64_t *position; /* (Q, k), -1 where there are fewer rows */
     double *score;     /* (Q, k) */
     int64_t *count;    /* rows collected, rows re-ranked, panels scanned by heads, those opened */
@@ -243,7 +245,8 @@ static void sink(candidate *heap, int64_t place, int64_t size, candidate entry) 
 }
 
 static void make_heap(candidate *found, int64_t count) {
-    for (int64_t place = count / 2 - 1; place >= 0; place--) sink(found, place, count, found[place]);
+    for (int64_t place = count / 2 - 1; place >= 0; place--)
+        sink(found, place, count, found[place]);
 }
 
 /* The best of a heap, which is smaller by it then. */
@@ -322,8 +325,8 @@ static void heed_others(worker *self, int64_t query) {
     if (others > state->asked.threshold) state->asked.threshold = others;
 }
 
-/* Tiles of even width: 16 queries are 6, 5 and 5. While they pass over a group of panels, which lies in
- * the cache, each of the first four brings a share of the next group. */
+/* Tiles of even width: 16 queries are 6, 5 and 5. While they pass over a group of panels, which
+ * lies in the cache, each of the first four brings a share of the next group. */
 static tile make_tile(worker *self, int64_t number, int64_t tiles) {
     const tt_job *job = self->job;
     tile made = {.from = number * job->num_queries / tiles};
@@ -719,7 +722,7 @@ static int64_t group_size(const worker *self, int64_t panels) {
     const tt_job *job = self->job;
     const int64_t bytes = job->words * 4 * PANEL;
     int64_t wanted = GROUP_BYTES;
-    if (self->does.streams && job->num_queries == 1) { /* large, but eight shares a thread at least */
+    if (self->does.streams && job->num_queries == 1) { /* large, but eight shares a thread */
         const int64_t fair = panels * bytes / (8 * self->num_threads);
         wanted = fair < STREAM_BYTES ? fair : STREAM_BYTES;
     } else if (job->num_queries <= TILE) {
@@ -739,8 +742,8 @@ static int scan_by_heads(worker *workers, int64_t threads, int64_t step) {
             state->seeds = malloc(sizeof *state->seeds * (size_t)SEEDS(job->k));
             failed |= !state->seeds;
         }
-    plan->dots = job->scratch;
-    plan->peaks = (float *)job->scratch + step * plan->group * job->num_queries * PANEL;
+    plan->dots = job->said;
+    plan->peaks = (float *)job->said + step * plan->group * job->num_queries * PANEL;
     for (int64_t first = 0; first < plan->groups && !failed; first += step) {
         const int64_t end = first + step < plan->groups ? first + step : plan->groups;
         const int64_t few = threads < job->num_queries ? threads : job->num_queries;
@@ -757,7 +760,7 @@ static int scan_all(worker *workers, int64_t threads) {
     plan *plan = workers->plan;
     int64_t panels = 0;
     for (int64_t i = 0; i < job->num_shards; i++) panels += job->shards[i].panels;
-    const int64_t room = job->scratch_size / ((PANEL + 1) * job->num_queries); /* panels */
+    const int64_t room = job->said_size / ((PANEL + 1) * job->num_queries); /* panels */
     const int by_heads = job->head < job->words && job->num_queries <= TILE && room > 0;
     plan->group = group_size(workers, panels);
     if (by_heads && plan->group > room) plan->group = room;
@@ -808,6 +811,9 @@ static void discard(worker *self, const tt_job *job) {
 
 /* ---- what Python calls ---------------------------------------------------------------------- */
 
+/* Changes with the structures above, as those of native.py have to. */
+int64_t tt_layout(void) { return 1000 * (int64_t)sizeof(tt_job) + (int64_t)sizeof(tt_shard); }
+
 int tt_level(void) { return best_level(); }
 
 const char *tt_level_name(int level) { return level_name(level); }
@@ -828,7 +834,7 @@ static void *turn_all(void *argument) {
     return 0;
 }
 
-/* out (count, stride) = vectors (count, stride) times a matrix (dim, dim) whose columns lie together;
+/* out (count, stride) = vectors (count, stride) times a matrix (dim, dim), its columns one by one;
  * of both the first `dim` of `stride` numbers. `count` is a multiple of four. Without BLAS, whose
  * threads would go on waiting for work for a while, and take time from the search. */
 void tt_turn(const double *vectors, const float *columns, int64_t count, int64_t dim,

@@ -27,7 +27,7 @@ typedef struct { /* what bounds need to know of a query */
 } tt_asked;
 
 /* Codes of 64 rows, so many words of four dimensions; `next` are codes that come later: of each 256
- * bytes so many cache lines are brought from memory, none, one, two or all, from number `line` on. */
+ * bytes so many lines are brought from memory, none, one, two or all, from number `line` on. */
 typedef struct {
     const uint8_t *codes, *next;
     int64_t words;
@@ -38,7 +38,7 @@ typedef struct { /* bounds of a panel's rows for one query */
     float upper[PANEL], lower[PANEL];
 } bounds __attribute__((aligned(64)));
 
-/* Products of a panel with queries; with a tail, four times those of the head and those of the tail. */
+/* Products of a panel with queries; with a tail, four times those of the head and its own. */
 typedef void (*dots_function)(const tt_panel *, const tt_panel *, const int32_t *const *,
                               int32_t (*)[PANEL]);
 /* The same for one query and STREAMS panels. */
@@ -81,7 +81,8 @@ static inline __attribute__((always_inline)) void plain_words(
             const int8_t *code = (const int8_t *)(queries[query] + first + word);
             for (int row = 0; row < PANEL; row++) {
                 const uint8_t *p = panel->codes + word * (4 * PANEL) + 4 * row;
-                out[query][row] += p[0] * code[0] + p[1] * code[1] + p[2] * code[2] + p[3] * code[3];
+                out[query][row] +=
+                    p[0] * code[0] + p[1] * code[1] + p[2] * code[2] + p[3] * code[3];
             }
         }
 }
@@ -179,18 +180,18 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
     /* One loop for both: with two of them compilers keep the sums in memory. */
     for (const tt_panel *panel = head;; panel = tail) {
         const uint8_t *p = panel->codes;
-        const char *next = (const char *)panel->next + panel->line * 64;
         const int64_t end = first + panel->words;
         const int lines = panel->lines;
+        uintptr_t next = (uintptr_t)panel->next + (uintptr_t)panel->line * 64;
         for (int64_t word = first; word < end; word++, p += 4 * PANEL, next += 4 * PANEL) {
             const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
             const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
             if (lines) {
-                _mm_prefetch(next, _MM_HINT_T1);
-                if (lines > 1) _mm_prefetch(next + 64, _MM_HINT_T1);
+                _mm_prefetch((const char *)next, _MM_HINT_T1);
+                if (lines > 1) _mm_prefetch((const char *)(next + 64), _MM_HINT_T1);
                 if (lines > 2) {
-                    _mm_prefetch(next + 128, _MM_HINT_T1);
-                    _mm_prefetch(next + 192, _MM_HINT_T1);
+                    _mm_prefetch((const char *)(next + 128), _MM_HINT_T1);
+                    _mm_prefetch((const char *)(next + 192), _MM_HINT_T1);
                 }
             }
             EACH(VNNI_STEP)
@@ -542,6 +543,9 @@ static int best_level(void) {
 #if defined(ON_AVX2)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PLAIN;
+#if defined(__clang__) || __GNUC__ >= 11
+    if (!__builtin_cpu_supports("f16c")) return PLAIN;
+#endif
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return AVX512_VNNI;
