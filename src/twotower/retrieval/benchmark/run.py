@@ -36,7 +36,7 @@ def benchmark(config: Config, compare_with: str = "") -> None:
     With the benchmark.jsonl of an earlier run, print also what has become slower.
 
     Raises:
-        ConfigError: the store is missing, k is beyond its rows, or a speed is below `fail_below`.
+        ConfigError: the store is missing, k is beyond its rows, or rows fail `fail_below`.
         KeyboardInterrupt: Ctrl-C, after what was measured is reported.
     """
     if config.distributed.num_threads:
@@ -51,7 +51,8 @@ def benchmark(config: Config, compare_with: str = "") -> None:
         compare.report(earlier, results, changes)
     if interrupted:
         raise KeyboardInterrupt
-    compare.refuse_slower(changes, section.fail_below)
+    gone = compare.lost(earlier, results) if earlier else []
+    compare.refuse_slower(changes, gone, section.fail_below)
 
 
 def run(config: Config, data: Data) -> tuple[Results, bool]:
