@@ -45,7 +45,8 @@ class BenchmarkConfig(Section):
     compare: str = setting("", "an earlier benchmark.jsonl: what has become slower is marked")
     fail_below: float = setting(
         0.0,
-        "with compare: fail if a marked speed is below this share of the old; 0 never",
+        "with compare: fail if a marked speed is below this share of the old, or one of its "
+        "rows is not measured; 0 never",
         ge=0,
     )
     output: str = setting(

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.auto_config import GB, AutoConfig, Preference
-from twotower.retrieval.benchmark.environment import environment
 from twotower.retrieval.build import build_index
 from twotower.retrieval.card import Card, Tried, advice
+from twotower.retrieval.environment import environment
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.index import INDEXES, Modality, VectorIndex
 from twotower.retrieval.measure import Queries, draw_queries, latency_ms, wilson

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.retrieval.benchmark.helpers import ArrayData, some_rows
 from twotower.config import Metric
 from twotower.retrieval.benchmark import building
-from twotower.retrieval.benchmark.building import build_all, bytes_a_value, index_config
+from twotower.retrieval.benchmark.building import (
+    build,
+    build_all,
+    bytes_a_value,
+    index_config,
+    touch,
+)
 from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.index import AnyFloatArray
 from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
 
@@ -35,6 +45,34 @@ def test_an_index_that_cannot_be_built_has_its_reason_and_the_exact_one_is_built
     with pytest.raises(ConfigError, match="has exact:fast"):
         build_all(["Flat", "exact:fast"], ExactConfig(), data, seed=1)
     assert "needs at least 64 rows to train on" in notes["IVF64,Flat"]
+
+
+def test_rows_are_read_from_the_disk_before_the_clock_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "rows.npy", some_rows(20).astype(np.float16))
+    data = ArrayData(np.load(tmp_path / "rows.npy", mmap_mode="r"))
+    done: list[str] = []
+
+    def touched(rows: AnyFloatArray) -> None:
+        touch(rows)
+        done.append(f"touched {len(rows)}")
+
+    def clock() -> float:
+        done.append("clock")
+        return 0.0
+
+    monkeypatch.setattr(building, "touch", touched)
+    monkeypatch.setattr(building, "time", SimpleNamespace(perf_counter=clock))
+    assert len(build(FaissConfig(factory="Flat"), data, seed=1).index) == 20
+    assert done == ["touched 7", "clock", "clock", "touched 13", "clock", "clock"]
+
+
+@pytest.mark.parametrize("rows", [some_rows(9)[:0], some_rows(9)[::2], some_rows(2000)])
+def test_any_rows_can_be_touched(rows: AnyFloatArray) -> None:
+    before = rows.copy()
+    touch(rows)
+    np.testing.assert_array_equal(rows, before)
 
 
 def test_what_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

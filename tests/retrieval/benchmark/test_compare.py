@@ -85,12 +85,25 @@ def test_a_planted_slowdown_is_found_and_noise_is_not(tmp_path: Path) -> None:
 
 def test_only_marked_rows_below_the_limit_fail() -> None:
     found = compare.changes(OLD, NEW)
-    compare.refuse_slower(found, 0)
+    compare.refuse_slower(found, [], 0)
     with pytest.raises(ConfigError, match="2 of 6 rows .* slowest is a at Q=1 k=10, 0.50"):
-        compare.refuse_slower(found, 0.9)
+        compare.refuse_slower(found, [], 0.9)
     slower = [row for row in found if row.mark == "slower"]
-    compare.refuse_slower(slower, 0.4)
-    compare.refuse_slower([row for row in found if row.label == "d"], 0.9)
+    compare.refuse_slower(slower, [], 0.4)
+    compare.refuse_slower([row for row in found if row.label == "d"], [], 0.9)
+
+
+def test_rows_that_are_no_longer_measured_fail() -> None:
+    gone = compare.lost(OLD, NEW)
+    assert gone == ["gone at Q=1 k=10"]  # and what the old did not measure either is not missed
+    assert compare.lost(OLD, OLD) == []
+    unbuilt = results(Measurement("a", "", 1, 10, note="could not be built"), *NEW.rows[1:])
+    assert compare.lost(OLD, unbuilt) == ["a at Q=1 k=10", *gone]
+    compare.refuse_slower([], gone, 0)
+    with pytest.raises(ConfigError, match="^1 rows of the earlier .* first is gone at Q=1 k=10;"):
+        compare.refuse_slower([], gone, 0.9)
+    with pytest.raises(ConfigError, match="^2 of 6 rows are below .*; and 1 rows of the earlier"):
+        compare.refuse_slower(compare.changes(OLD, NEW), gone, 0.9)
 
 
 def test_what_else_has_changed_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -142,5 +155,8 @@ def test_a_run_beside_itself(
     again = dataclasses.replace(shape, compare=str(tmp_path / "out" / "benchmark.jsonl"))
     command.run(dataclasses.replace(config, benchmark=again), FreeText())
     assert "of 1 rows " in capsys.readouterr().out
+    failing = dataclasses.replace(again, indexes=["SQ8"], fail_below=0.1)
+    with pytest.raises(ConfigError, match="1 rows of the earlier benchmark were not measured"):
+        command.run(dataclasses.replace(config, benchmark=failing), FreeText())
     with pytest.raises(ConfigError, match=r"cannot read .*missing.jsonl"):
         command.run(dataclasses.replace(config, benchmark=again), FreeText(compare=missing))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 
@@ -12,6 +13,7 @@ from twotower.retrieval.benchmark.rounds import (
     Interrupt,
     Plan,
     cells_of,
+    drawn_order,
     make_plan,
     measure,
     run_rounds,
@@ -25,14 +27,43 @@ def planned(contenders: list[Recorder], plan: Plan, deadline: float = FOREVER) -
     return run_rounds(contenders, some_rows(5), plan, deadline, lambda: None, Interrupt())
 
 
-def test_contenders_take_turns_within_a_round_and_begin_with_another_in_the_next() -> None:
+@pytest.mark.parametrize("cell", [Cell(1, 5), Cell(256, 10)])
+def test_everyone_follows_everyone_else_in_some_round(cell: Cell) -> None:
+    everyone = [Recorder(name, []) for name in "abcd"]
+    orders = [[one.name for one in drawn_order(everyone, cell, turn)] for turn in range(40)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    pairs = {pair for order in orders for pair in itertools.pairwise(order)}
+    assert pairs == set(itertools.permutations("abcd", 2))
+    assert orders[7] == [one.name for one in drawn_order(everyone, cell, 7)]
+
+
+def test_a_pause_stands_before_every_turn_and_counts_in_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(rounds, "PAUSE", 0.1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: calls.append(("pause", seconds)))
+    planned([Recorder("a", calls), Recorder("b", calls)], Plan({Cell(8, 5): 1}, rounds=2))
+    assert [name == "pause" for name, _ in calls] == [True, False] * 4
+    # Three rounds of two cells with five turns each pause for three seconds.
+    seconds = {Cell(1, 5): 1e-4, Cell(2, 5): 1e-4}
+    assert make_plan(seconds, section(rounds=3), 3.1, turns=5).rounds == 3
+    assert make_plan(seconds, section(rounds=3), 2.9, turns=5).cut == [Cell(1, 5)]
+
+
+def test_contenders_take_turns_within_a_round_in_the_order_that_is_drawn() -> None:
     calls: list[tuple[str, int]] = []
     plan = Plan({Cell(1, 5): 2, Cell(8, 5): 1}, rounds=2)
-    times = planned([Recorder("a", calls), Recorder("b", calls)], plan)
+    both = [Recorder("a", calls), Recorder("b", calls)]
+    times = planned(both, plan)
     # One call before several timed ones, none before a single one.
-    first = [("a", 1)] * 3 + [("b", 1)] * 3 + [("a", 8), ("b", 8)]
-    second = [("b", 1)] * 3 + [("a", 1)] * 3 + [("b", 8), ("a", 8)]
-    assert calls == first + second
+    assert calls == [
+        (one.name, cell.queries)
+        for turn in range(2)
+        for cell, count in ((Cell(1, 5), 3), (Cell(8, 5), 1))
+        for one in drawn_order(both, cell, turn)
+        for _ in range(count)
+    ]
     lengths = {key: [len(each) for each in found] for key, found in times.rounds.items()}
     assert lengths == {
         **{(name, Cell(1, 5)): [2, 2] for name in "ab"},
@@ -44,7 +75,7 @@ def test_contenders_take_turns_within_a_round_and_begin_with_another_in_the_next
 @pytest.mark.parametrize("count", [1, 3, 5, 20, 50])
 @pytest.mark.parametrize("size", [1, 16, 256])
 def test_percentiles_are_from_twenty_calls_at_least(size: int, count: int) -> None:
-    plan = make_plan({Cell(size, 5): 1e-3}, section(rounds=count), FOREVER)
+    plan = make_plan({Cell(size, 5): 1e-3}, section(rounds=count), FOREVER, 1)
     assert plan.calls[Cell(size, 5)] * plan.rounds >= 20
     assert not plan.notes
 
@@ -53,16 +84,16 @@ def test_what_does_not_fit_is_cut_and_said_calls_first_then_rounds_then_cells() 
     config = section(rounds=5, max_seconds=60)
     cheap, dear = Cell(1, 5), Cell(4096, 5)
     seconds = {cheap: 0.01, dear: 2.0}  # all calls: 5 * (33 * 0.01 + 5 * 2)
-    assert make_plan(seconds, config, 60).notes == []
-    fewer = make_plan(seconds, config, 25)
+    assert make_plan(seconds, config, 60, 1).notes == []
+    fewer = make_plan(seconds, config, 25, 1)
     assert (fewer.calls, fewer.rounds) == ({cheap: 13, dear: 1}, 5)
     assert len(fewer.notes) == 1 and "Q=1,4096 k=5" in fewer.notes[0]
-    short = make_plan(seconds, config, 7)
+    short = make_plan(seconds, config, 7, 1)
     assert (short.calls[dear], short.rounds) == (1, 3)
     assert "3 of 5 rounds fit into the time" in short.notes
-    shortest = make_plan(seconds, config, 3)
+    shortest = make_plan(seconds, config, 3, 1)
     assert (list(shortest.calls), shortest.cut) == ([cheap], [dear])
-    nothing = make_plan(seconds, config, -1)
+    nothing = make_plan(seconds, config, -1, 1)
     assert (list(nothing.calls), nothing.rounds) == ([cheap], 1)
 
 
@@ -103,9 +134,11 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     calls: list[tuple[str, int]] = []
     before = signal.getsignal(signal.SIGINT)
     config = section(queries=[64], rounds=3, max_seconds=0)
-    # One call each to try, 8 each in a round: this one is in the second, where b begins.
+    # One call each to try, 8 each in a round: this one is in the second, where the first begins.
     interrupted = Recorder("b", calls, interrupt_at=2 + 2 * 8 + 2)
-    times = measure([Recorder("a", calls), interrupted], some_rows(5), config, lambda: None)
+    contenders = [interrupted, Recorder("a", calls)]
+    assert drawn_order(contenders, Cell(64, 5), 1) == contenders
+    times = measure(contenders, some_rows(5), config, lambda: None)
     assert times.interrupted
     assert times.notes == ["stopped in round 2 of 3 by Ctrl-C"]
     assert {name: len(found) for (name, _), found in times.rounds.items()} == {"a": 1, "b": 2}

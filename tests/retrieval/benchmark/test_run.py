@@ -191,14 +191,16 @@ def test_queries_are_captions_and_pictures_with_their_own_rows(store: EmbeddingS
     data = StoreData(store)
     found = draw_queries(data, section(), seed=1)
     texts, pictures = found[QueryKind.text], found[QueryKind.image]
-    np.testing.assert_array_equal(
-        texts.vectors, np.concatenate(store.text_shards()).astype(np.float32)
-    )
     assert texts.own is None
     assert (texts.what, pictures.what) == ("captions of the store", "pictures of the store itself")
     rows = np.concatenate(list(data.chunks())).astype(np.float32)
     assert data.ids is not None and pictures.own is not None
-    np.testing.assert_array_equal(pictures.vectors, rows[np.searchsorted(data.ids, pictures.own)])
+    places = np.searchsorted(data.ids, pictures.own)
+    assert sorted(places) == list(range(COUNT))
+    assert places[:10].max() >= COUNT // 2 > places[:10].min()  # not the first of the store alone
+    np.testing.assert_array_equal(pictures.vectors, rows[places])
+    captions = np.concatenate(store.text_shards()).astype(np.float32)
+    np.testing.assert_array_equal(texts.vectors, captions[places])
     assert timed_kind(found, QueryKind.auto) is QueryKind.text
     assert timed_kind(found, QueryKind.image) is QueryKind.image
     bare = EmbeddingStore(store.folder, dataclasses.replace(store.manifest, texts=False))

@@ -83,6 +83,16 @@ def changes(old: Results, new: Results) -> list[Change]:
     ]
 
 
+def lost(old: Results, new: Results) -> list[str]:
+    """The rows that the old measured and the new did not, in words."""
+    there = {(row.label, row.cell) for row in new.rows if row.p50_ms}
+    return [
+        f"{row.label} at {row.cell}"
+        for row in old.rows
+        if row.p50_ms and (row.label, row.cell) not in there
+    ]
+
+
 def _change(old: Measurement, new: Measurement) -> Change:
     assert old.p50_ms and new.p50_ms
     ratio = old.p50_ms / new.p50_ms
@@ -146,18 +156,29 @@ def summary(old: Results, new: Results, found: Sequence[Change]) -> str:
     )
 
 
-def refuse_slower(found: Sequence[Change], fail_below: float) -> None:
-    """Fail where a marked row is below the share of its earlier speed, or finds less.
+def refuse_slower(found: Sequence[Change], gone: Sequence[str], fail_below: float) -> None:
+    """Fail where a marked row is below the share of its earlier speed, finds less, or is `gone`.
 
     Raises:
         ConfigError: there are such rows, and `fail_below` is set.
     """
+    if not fail_below:
+        return
+    failures = []
     bad = [row for row in found if row.mark == "recall"]
     bad += [row for row in found if row.mark == "slower" and row.ratio < fail_below]
-    if fail_below and bad:
+    if bad:
         worst = min(bad, key=lambda row: row.ratio)
-        raise ConfigError(
+        failures.append(
             f"{len(bad)} of {len(found)} rows are below benchmark.fail_below={fail_below:g} of "
             f"their earlier speed, or find less; the slowest is {worst.label} at Q={worst.queries} "
             f"k={worst.k}, {worst.ratio:.2f}"
         )
+    if gone:
+        failures.append(
+            f"{len(gone)} rows of the earlier benchmark were not measured, which "
+            f"benchmark.fail_below counts as failures; the first is {gone[0]}; measure the same "
+            "indexes and batch sizes, with a larger benchmark.max_seconds where they were cut"
+        )
+    if failures:
+        raise ConfigError("; and ".join(failures))

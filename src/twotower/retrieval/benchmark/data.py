@@ -79,15 +79,22 @@ class StoreData:
         }
 
     def queries(self, count: int, seed: int) -> dict[QueryKind, Queries]:
-        """Captions where there are any, and pictures, which are rows and left out of the answer."""
+        """Captions where there are any, and pictures, which are rows and left out of the answer.
+
+        They are in random order: the first few of them are from the whole store.
+        """
         chosen = sample_positions(self.count, count, seed)
-        own = self._store.row_ids()[chosen]
-        pictures = gather(shards_of(self._store, Modality.images), chosen).astype(np.float32)
+        order = np.random.default_rng(seed).permutation(len(chosen))
+        own = self._store.row_ids()[chosen][order]
+        pictures = self._rows(Modality.images, chosen)[order]
         found = {QueryKind.image: Queries(pictures, "pictures of the store itself", own)}
         if self._store.has_texts:
-            texts = gather(shards_of(self._store, Modality.texts), chosen).astype(np.float32)
+            texts = self._rows(Modality.texts, chosen)[order]
             found[QueryKind.text] = Queries(texts, "captions of the store")
         return found
+
+    def _rows(self, modality: Modality, positions: IdArray) -> FloatArray:
+        return gather(shards_of(self._store, modality), positions).astype(np.float32)
 
 
 class SyntheticData:

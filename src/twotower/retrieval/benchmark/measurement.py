@@ -24,7 +24,7 @@ class Measurement:
         index: `exact` or a FAISS factory string.
         setting: of its search, such as `nprobe=16` or `tuned`; empty is as it is.
         queries: queries a call; k: results a query; calls: timed calls, all rounds together.
-        build_seconds: from rows to an index that can be searched, training included.
+        build_seconds: from rows in memory to an index that can be searched, training included.
         queries_per_second: at the median call; p50_ms, p95_ms: time of a call in milliseconds.
         round_ms: the median call of each round, milliseconds: their spread is the noise.
         text_recall, image_recall: share of the exact k best that is found (see recall.py).

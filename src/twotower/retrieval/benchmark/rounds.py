@@ -27,6 +27,9 @@ LEAST_ROUNDS = 3  # before whole cells are cut
 TRYING = 1 / (1 + LEAST_ROUNDS)  # of max_seconds: what is left is enough for so many rounds
 WARM_QUERIES = 64  # smaller batches are tried warm: how long a cold call takes says little
 BATCHED = 8  # times as fast a query as in a smaller batch, at best
+# Seconds before each turn: idle threads of BLAS and OpenMP go on spinning for some milliseconds
+# after a search, and would take time from whoever is next.
+PAUSE = 0.1
 LATE = 1.5  # times max_seconds, after which no further round begins
 
 
@@ -99,7 +102,7 @@ def measure(
     with stop_after_call() as interrupt:
         seconds, cut = try_cells(contenders, queries, config, interrupt)
         left = budget(config) - (time.perf_counter() - started)
-        plan = make_plan(seconds, config, left)
+        plan = make_plan(seconds, config, left, len(contenders))
         if plan.cut or cut:
             names = cells_text([*plan.cut, *cut])
             plan.notes.append(
@@ -169,9 +172,12 @@ def _expected(seconds: Mapping[Cell, float], cell: Cell) -> float:
     return took * max(1.0, cell.queries / last.queries / BATCHED)
 
 
-def make_plan(seconds: Mapping[Cell, float], config: BenchmarkConfig, left: float) -> Plan:
+def make_plan(
+    seconds: Mapping[Cell, float], config: BenchmarkConfig, left: float, turns: int
+) -> Plan:
     """The calls and rounds that fit into the seconds `left`: fewer calls first, then fewer rounds.
 
+    A cell takes `seconds` for a call of each contender, and `turns` pauses in a round.
     Where three rounds of one call do not fit, the dearest cells are cut, but never all of them.
     """
     least = -(-LEAST_CALLS // config.rounds)
@@ -180,7 +186,8 @@ def make_plan(seconds: Mapping[Cell, float], config: BenchmarkConfig, left: floa
 
     def a_round() -> float:
         # A call before the timed ones, where there are several, brings data into the caches.
-        return sum(seconds[cell] * (count + (count > 1)) for cell, count in plan.calls.items())
+        calls = sum(seconds[cell] * (count + (count > 1)) for cell, count in plan.calls.items())
+        return calls + PAUSE * turns * len(plan.calls)
 
     while a_round() * plan.rounds > left and max(plan.calls.values()) > 1:
         plan.calls = {cell: max(1, 3 * count // 4) for cell, count in plan.calls.items()}
@@ -209,7 +216,7 @@ def run_rounds(
 ) -> Times:
     """Measure what was planned; Ctrl-C ends it after the call that runs.
 
-    Within a round the contenders begin with another one each time, so none always follows the same.
+    Their order is drawn anew for every round and cell, so whom a contender follows changes.
     """
     times = Times(
         {(label(one), cell): [] for cell in plan.calls for one in contenders}, list(plan.notes)
@@ -221,8 +228,8 @@ def run_rounds(
                 break
             between()
             for cell, calls in plan.calls.items():
-                for place in range(len(contenders)):
-                    one = contenders[(place + turn) % len(contenders)]
+                for one in drawn_order(contenders, cell, turn):
+                    time.sleep(PAUSE)
                     seconds = _time_calls(one, cell, queries, turn, calls, warm=calls > 1)
                     times.rounds[label(one), cell].append(seconds)
                     bar.advance(1, f"{cell} {label(one)}")
@@ -233,6 +240,12 @@ def run_rounds(
                         )
                         return times
     return times
+
+
+def drawn_order(contenders: Sequence[Contender], cell: Cell, turn: int) -> list[Contender]:
+    """All contenders, in the same order whenever the round and the cell are the same."""
+    drawn = np.random.default_rng([turn, cell.queries, cell.k]).permutation(len(contenders))
+    return [contenders[place] for place in drawn]
 
 
 def _time_calls(

@@ -16,13 +16,13 @@ from twotower.retrieval.benchmark import compare
 from twotower.retrieval.benchmark.building import Built, build_all
 from twotower.retrieval.benchmark.contenders import Cell, Contender, contenders_of, label
 from twotower.retrieval.benchmark.data import Data, draw_queries, open_data, timed_kind
-from twotower.retrieval.benchmark.environment import environment
 from twotower.retrieval.benchmark.limits import Limits, Rates
 from twotower.retrieval.benchmark.measurement import Measurement, Results, measured, not_measured
 from twotower.retrieval.benchmark.other_load import OtherLoad
 from twotower.retrieval.benchmark.recall import Truth
 from twotower.retrieval.benchmark.report import report
 from twotower.retrieval.benchmark.rounds import Times, cells_of, measure
+from twotower.retrieval.environment import environment
 from twotower.runs import logs_path
 
 BUSY = 0.1  # share of the cores' time that others use, from which on the figures are in doubt
@@ -36,7 +36,7 @@ def benchmark(config: Config, compare_with: str = "") -> None:
     With the benchmark.jsonl of an earlier run, print also what has become slower.
 
     Raises:
-        ConfigError: the store is missing, k is beyond its rows, or a speed is below `fail_below`.
+        ConfigError: the store is missing, k is beyond its rows, or rows fail `fail_below`.
         KeyboardInterrupt: Ctrl-C, after what was measured is reported.
     """
     if config.distributed.num_threads:
@@ -51,7 +51,8 @@ def benchmark(config: Config, compare_with: str = "") -> None:
         compare.report(earlier, results, changes)
     if interrupted:
         raise KeyboardInterrupt
-    compare.refuse_slower(changes, section.fail_below)
+    gone = compare.lost(earlier, results) if earlier else []
+    compare.refuse_slower(changes, gone, section.fail_below)
 
 
 def run(config: Config, data: Data) -> tuple[Results, bool]:
