@@ -24,6 +24,7 @@ from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray
 from twotower.retrieval.kept import open_index
+from twotower.retrieval.ray_connection import connect
 from twotower.retrieval.ray_index import RayIndex
 from twotower.retrieval.ray_shard import Shard, Wanted
 from twotower.retrieval.saved import load_index, save_index
@@ -260,7 +261,7 @@ def test_ends_its_actors_and_its_files_when_it_is_dropped() -> None:
 def test_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs Ray, .* pip install 'twotower\[ray\]'"):
-        ray_cluster.connect("auto")
+        connect("auto")
 
 
 def test_settings_reach_the_index_and_are_refused_in_a_sentence(tmp_path: Path) -> None:
