@@ -88,3 +88,13 @@ def test_writes_nothing_that_could_not_be_searched(
     for place in (folder, off, exact):
         assert not (place / "image.index").exists()
         assert not (place / "metadata").exists()
+
+
+def test_files_of_the_store_that_are_linked_keep_their_mode(config: Config, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", ROWS, {"row_id": np.arange(120)}, 50)
+    files = sorted(store.folder.glob("**/*.parquet"))
+    for file in files:
+        file.chmod(0o440)
+    folder = indexed(config, store, FaissConfig(factory="Flat"))
+    assert (folder / "metadata" / "metadata_0000.parquet").stat().st_nlink == 2
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o440}

@@ -177,6 +177,29 @@ def test_a_store_is_loaded_once_and_continued_where_it_was_killed(
         open_collection(config, store)
 
 
+def test_a_collection_that_was_killed_before_its_index_is_continued(
+    store: EmbeddingStore, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = ["M=16", "efConstruction=100"]
+    config = MilvusConfig(uri=uri, collection="bare", index_type="HNSW", build_params=params)
+    client = client_of(uri)
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "create_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_collection(config, store)
+    assert client.has_collection("bare") and not client.list_indexes("bare")
+    index = open_collection(config, store)
+    about = client.describe_index("bare", index_name=client.list_indexes("bare")[0])
+    assert about["index_type"] == "HNSW"
+    queries = np.concatenate(store.text_shards()).astype(np.float32)
+    want = build_index(ExactConfig(), store).search(queries, 5)
+    np.testing.assert_array_equal(index.search(queries, 5).ids, want.ids)
+
+
 def test_a_collection_of_other_rows_is_refused(store: EmbeddingStore, uri: str) -> None:
     config = MilvusConfig(uri=uri, collection="named")
     assert len(open_collection(config, store)) == len(store)

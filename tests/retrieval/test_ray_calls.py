@@ -33,13 +33,23 @@ class RayTaskError(RayError):
 
 
 class Actor:
-    """Answers by a function of the number of the call; an exception is raised by `get`."""
+    """Answers by a function of the number of the call; an exception is raised by `get`.
+
+    Beside its work it says what `beside` is.
+    """
+
+    beside: Any = NEVER
 
     def __init__(self, name: str, answers: Callable[[int], Any]) -> None:
         self.name = name
         self.calls = itertools.count()
         self.search = SimpleNamespace(remote=lambda: (self, answers(next(self.calls))))
+        self.hello = SimpleNamespace(options=self.options)
         self.__ray_ready__ = SimpleNamespace(remote=lambda: (self, True))
+
+    def options(self, concurrency_group: str) -> SimpleNamespace:
+        assert concurrency_group == ray_cluster.BESIDE
+        return SimpleNamespace(remote=lambda: (self, self.beside))
 
 
 class Ray:
@@ -64,6 +74,24 @@ class Ray:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "PAUSE", 0.001)
     monkeypatch.setattr(ray_cluster, "HEDGE", 0.002)
+
+
+class Clock:
+    """A time that passes by sleeping alone, so that a busy machine changes nothing."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(ray_cluster, "time", Clock())
+    return ray_cluster.time  # type: ignore[return-value]
 
 
 def shards(*replicas: Callable[[int], Any], patience: float = 0.05) -> tuple[Shards, list[str]]:
@@ -141,6 +169,50 @@ def test_work_may_take_long_once_it_is_begun(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(made._ray, "wait", wait, raising=False)
     assert ask(made, working=True) == "done"
+
+
+@pytest.mark.parametrize("beside", [None, NEVER, RayError("gone")])
+def test_a_search_may_take_longer_than_patience_while_its_replica_is_there(
+    beside: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Actor, "beside", beside)
+
+    def wait(references: Any, timeout: float) -> Any:
+        ready = [found for found in references if found[1] not in (NEVER, "found")]
+        if clock.now > 100.15:  # three times the patience
+            ready = list(references)
+        clock.sleep(timeout)
+        return ready, []
+
+    made, _ = shards(lambda n: "found")
+    monkeypatch.setattr(made._ray, "wait", wait, raising=False)
+    if beside is None:
+        assert ask(made) == "found"
+    else:
+        with pytest.raises(Unavailable, match="was not there for 0.05 s"):
+            ask(made)
+
+
+@pytest.mark.parametrize("working", [True, False])
+@pytest.mark.parametrize("error", [RayTaskError(MemoryError()), RayError("MemoryError")])
+def test_what_fails_at_its_work_again_and_again_is_refused(
+    error: Any, working: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Actor, "beside", None)
+    monkeypatch.setattr(ray_cluster, "AT_WORK", 0.01)
+    made, _ = shards(lambda n: error, patience=1)
+    asked: dict[int, Any] = {}
+
+    def wait(references: Any, timeout: float) -> Any:
+        first = [asked.setdefault(id(found), (clock.now, found))[0] for found in references]
+        pairs = zip(references, first, strict=True)
+        ready = [found for found, at in pairs if found[1] is not error or clock.now - at > 0.03]
+        clock.sleep(timeout)
+        return ready, []
+
+    monkeypatch.setattr(made._ray, "wait", wait, raising=False)
+    with pytest.raises(Unavailable, match=r"shard 1 of 1 failed 3 times .* \(MemoryError\); see"):
+        ask(made, working)
 
 
 def test_what_an_actor_refuses_is_told_in_its_words() -> None:

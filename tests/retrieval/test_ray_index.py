@@ -24,6 +24,7 @@ from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray
 from twotower.retrieval.kept import open_index
+from twotower.retrieval.ray_connection import connect
 from twotower.retrieval.ray_index import RayIndex
 from twotower.retrieval.ray_shard import Shard, Wanted
 from twotower.retrieval.saved import load_index, save_index
@@ -151,6 +152,24 @@ def test_what_one_shard_refuses_none_has_done() -> None:
     assert index.search(queries, 99).ids.max() == 98
 
 
+def test_a_replica_that_did_what_was_taken_back_starts_anew() -> None:
+    index, rows, queries = filled()
+    bad = rows[:9] * 3
+    bad[-1] = 3e38
+    with pytest.raises(ConfigError, match="beyond 1e38"):
+        index.add(bad, normalized=True)
+    stale = shards_of(index).shards[0]  # it has done its part, and is not asked for a while
+    shards_of(index).restart(0)
+    index.add(rows[20:29] * 2)
+    index.add(rows[40:49] * 2)
+    want = index.search(queries, 108)
+    shards_of(index).shards[0] = stale
+    assert stale._done == 2 and index._wanted[0].operations == 3
+    found = index.search(queries, 108)
+    np.testing.assert_array_equal(found.ids, want.ids)
+    np.testing.assert_array_equal(found.scores, want.scores)
+
+
 def test_rows_of_a_store_are_read_from_its_files(store: EmbeddingStore) -> None:
     index = build_index(EXACT, store)
     local = build_index(ExactConfig(), store)
@@ -242,7 +261,7 @@ def test_ends_its_actors_and_its_files_when_it_is_dropped() -> None:
 def test_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"needs Ray, .* pip install 'twotower\[ray\]'"):
-        ray_cluster.connect("auto")
+        connect("auto")
 
 
 def test_settings_reach_the_index_and_are_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         # Some writers (safetensors) make files that nobody else may read, whatever the umask.
-        temporary.chmod(mode)
+        if temporary.stat().st_nlink == 1:  # a link keeps the mode of the file that it shares
+            temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

@@ -58,7 +58,7 @@ class FaissConfig(IndexConfig):
     rerank: float = setting(
         0.0,
         "candidates that are scored again, exactly, by the mapped rows of the store, as a multiple "
-        "of k; 0 is none; serves any factory string",
+        "of k; 0 is none; serves any factory string, but not engine=ray",
         ge=0,
     )
     memory_map: bool = setting(False, "map a saved index instead of reading it into memory")

@@ -141,9 +141,7 @@ class MilvusCollection:
         for name, kind in fields.items():
             longest = {"max_length": 65_535} if kind == "VARCHAR" else {}
             schema.add_field(name, kinds[kind], nullable=True, **longest)
-        index = self._client.prepare_index_params()
-        kind, params = self._config.index_type, _numbers(self._config, "build")
-        index.add_index(VECTOR, index_type=kind, metric_type="IP", params=params)
+        index = self._index_params()
         with self._sentence("cannot be made"):
             self._client.create_collection(
                 self.name,
@@ -154,8 +152,11 @@ class MilvusCollection:
             )
 
     def open(self) -> None:
-        """Have Milvus load it."""
+        """Have Milvus load it, after making the index that a killed `create` may have left out."""
+        index = self._index_params()
         with self._sentence("cannot be opened"):
+            if not self._client.list_indexes(self.name, field_name=VECTOR):
+                self._client.create_index(self.name, index)
             self._client.load_collection(self.name)
 
     def description(self) -> str:
@@ -232,6 +233,12 @@ class MilvusCollection:
         """Remove it."""
         with self._sentence("cannot be dropped"):
             self._client.drop_collection(self.name)
+
+    def _index_params(self) -> Any:
+        index = self._client.prepare_index_params()
+        kind, params = self._config.index_type, _numbers(self._config, "build")
+        index.add_index(VECTOR, index_type=kind, metric_type="IP", params=params)
+        return index
 
     def _sentence(self, what: str) -> Any:
         return _sentence(f"the Milvus collection {self.name} at {self.uri} {what}")

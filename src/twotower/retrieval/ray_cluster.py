@@ -12,6 +12,7 @@ from typing import Any
 
 from twotower.config import IndexConfig
 from twotower.retrieval.engine import in_this_process
+from twotower.retrieval.ray_connection import connect
 from twotower.retrieval.ray_shard import Shard
 from twotower.settings import ConfigError
 
@@ -20,47 +21,12 @@ log = logging.getLogger(__name__)
 HEDGE = 3.0  # seconds without an answer, after which another replica is asked as well
 PAUSE = 0.2  # seconds between two tries where no replica is there
 AT_WORK = 5.0  # seconds after which a long call that has not failed is being worked at
+FAILURES = 3  # of a call that was being worked at, after which it is not tried again
+BESIDE = "checks"  # the thread of an actor that answers while another one works
 
 
 class Unavailable(ConfigError):
     """A shard was not reached in time; the same search may well succeed later."""
-
-
-def import_ray() -> Any:
-    """Ray.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "index.engine=ray needs Ray, which is not installed; run: pip install 'twotower[ray]'"
-        ) from error
-    return ray
-
-
-def connect(address: str) -> Any:
-    """Ray, connected to the cluster that this process uses already, or else to that of an address.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    ray = import_ray()
-    if ray.is_initialized():
-        return ray
-    try:
-        # `local` makes a cluster of this machine alone, which ends with the process.
-        own = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
-    except Exception as error:  # ConnectionError, ValueError, RuntimeError: each of them by version
-        raise ConfigError(
-            f"no Ray cluster answers at index.address={address} "
-            f"({str(error).strip().splitlines()[0]}); "
-            "start one with `ray start --head`, or use index.address=local"
-        ) from error
-    return ray
 
 
 class Replica:
@@ -119,7 +85,7 @@ class Shards:
                 placement_group=group, placement_group_bundle_index=number
             ),
         }
-        actor = self._ray.remote(Shard).options(**options)
+        actor = self._ray.remote(concurrency_groups={BESIDE: 1})(Shard).options(**options)
         return lambda: actor.remote(in_this_process(self._config), dim, folder)
 
     def close(self) -> None:
@@ -136,13 +102,14 @@ class Shards:
         """Call a method on one replica of every shard, each with its arguments; the answers.
 
         A shard that does not answer is asked of its other replicas and, until `index.patience` is
-        over, of what Ray puts in their place.
+        over, of what Ray puts in their place. A replica that works may take any time.
 
         Args:
-            working: the call may take any time; only that of which no actor is there is limited.
+            working: no other replica is asked meanwhile; a call that has not failed for a while is
+                worked at, without further signs.
 
         Raises:
-            Unavailable: no replica of a shard was there in time.
+            Unavailable: no replica of a shard was there in time, or several failed at their work.
             ConfigError: what an actor raised.
         """
         turn = next(self._turn)
@@ -161,6 +128,11 @@ class Shards:
                 time.sleep(PAUSE)
             waiting = [call for call in waiting if not call.done()]
             for call in waiting:
+                if call.failures == FAILURES:
+                    raise Unavailable(
+                        f"shard {calls.index(call) + 1} of {len(calls)} failed {FAILURES} times "
+                        f"at its work ({call.reason}); see that its nodes have memory enough"
+                    )
                 if call.lost_for() > self._config.patience:
                     raise Unavailable(self._refusal(calls.index(call), call.reason))
         return [call.answer for call in calls]
@@ -203,6 +175,9 @@ class _Call:
         self.asked: dict[Any, Replica] = {}
         self.answer: Any = None
         self.reason = ""
+        self.failures = 0
+        self._at_work = False
+        self._signs: dict[Replica, Any] = {}
         self._since = self._last = time.monotonic()
 
     def ask(self) -> None:
@@ -222,9 +197,32 @@ class _Call:
     def lost_for(self) -> float:
         """Seconds for which there has been no answer; none while an actor works as it may."""
         now = time.monotonic()
-        if self._working and self.asked and now - self._last > AT_WORK:
-            self._since = now
+        if self._working:
+            works = bool(self.asked) and now - self._last > AT_WORK
+        else:
+            works = now - self._since > PAUSE and self._signs_of_life()
+        if works:
+            self._since, self._at_work = now, True
         return now - self._since
+
+    def _signs_of_life(self) -> bool:
+        """Whether an actor that is asked has answered beside its work; it is asked to do so again.
+
+        One that is lost, has no node or is not made yet does not.
+        """
+        found = False
+        for replica in self.asked.values():
+            sign = self._signs.get(replica)
+            if sign is not None:
+                ready, _ = self._ray.wait([sign], timeout=0)
+                if not ready:
+                    continue
+                with suppress(self._ray.exceptions.RayError):
+                    self._ray.get(sign)
+                    found = True
+            beside = replica.actor.hello.options(concurrency_group=BESIDE)
+            self._signs[replica] = beside.remote()
+        return found
 
     def done(self) -> bool:
         """Look for answers, and ask again where there is none.
@@ -252,7 +250,11 @@ class _Call:
             cause = getattr(error, "cause", None)
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
-            self.reason = str(error if cause is None else cause).strip().splitlines()[0]
+            reason = str(error if cause is None else cause).strip().splitlines()
+            self.reason = reason[0] if reason else type(cause or error).__name__
+            self.failures += self._at_work
+            self._at_work = False
+            self._signs.pop(replica, None)
             log.info("a replica of a shard is lost, asking again: %s", self.reason)
             if isinstance(error, exceptions.ActorDiedError):
                 replica.again()

@@ -115,15 +115,18 @@ class Shard:
         return self._index
 
     def _catch_up(self, count: int) -> None:
+        following = self._journal.operation(self._done) if self._done < count else None
+        if following is not None and following.before != self._fingerprint:
+            self._index = None  # what was done last was taken back, and another one done
         if self._index is None:
             self._index = INDEXES.build(self._config, self._dim)
             self._done, self._fingerprint = self._journal.first(count), START
-        start = self._done
         for number in range(self._done, count):
             operation = self._journal.operation(number)
             if operation is None:
                 raise ConfigError(self._unseen(number))
-            if operation.before != self._fingerprint and number != start:
+            anew = operation.kind == "read" and self._fingerprint == START
+            if operation.before != self._fingerprint and not anew:
                 raise ConfigError(f"the journal {self._journal.folder} is damaged")
             try:
                 self._do(operation)
@@ -141,7 +144,7 @@ class Shard:
             self._index.add(rows, ids, normalized=operation.normalized)
         elif operation.kind == "delete":
             self._index.delete(np.asarray(self._journal.array(named["ids"])))
-        elif self._fingerprint == START or operation.before != self._fingerprint:
+        elif self._fingerprint == START:
             self._index.read(unchanged(named["file"]))
         # Else the file is what this shard itself is already.
         if len(self._index) != operation.rows:
