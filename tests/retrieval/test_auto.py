@@ -12,10 +12,12 @@ from twotower.config import Config, FreeText
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.auto import choose
 from twotower.retrieval.auto_config import AutoConfig, Preference
+from twotower.retrieval.card import Card, Tried, advice
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.index import Modality, unit_rows
 from twotower.retrieval.indexing import index_store
 from twotower.retrieval.kept import open_index
+from twotower.retrieval.measure import Interval
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError
 
@@ -108,6 +110,24 @@ def test_tuned_on_pictures_texts_would_find_less(written: EmbeddingStore) -> Non
     assert card.best.recalls["text"].value > usual["text"]
     assert usual["image"] > usual["text"]
     assert any("tuned on pictures, as is usual" in sentence for sentence in card.advice)
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "warns"),
+    [(0.949, 0.97, True), (0.8, 0.95, True), (0.95, 0.99, False), (0.9, 0.94, False)],
+)
+def test_warns_of_texts_that_miss_what_pictures_reach(
+    text: float, image: float, warns: bool
+) -> None:
+    # Whatever the intervals: with few queries they are wide.
+    recalls = {
+        name: Interval(value, value - 0.1, min(1.0, value + 0.1))
+        for name, value in (("text", text), ("image", image))
+    }
+    card = Card("one", "", [Tried("one", {}, 0, 0, recalls=recalls)], "", {}, 0.95, 10, "text")
+    sentence = f"text queries find {text:.3f} of the best 10, below the target 0.95"
+    assert card.warning().startswith(sentence if warns else "")
+    assert bool(card.warning()) == warns == any(sentence in line for line in advice(card))
 
 
 def test_without_captions_it_says_that_nothing_is_known_of_texts(

@@ -77,7 +77,7 @@ class Card:
     def warning(self) -> str:
         """The sentence about text queries that miss what picture queries reach; mostly empty."""
         text, image = (self.best.recalls.get(name) for name in ("text", "image"))
-        if text is None or image is None or self.best.reaches or image.high < self.target_recall:
+        if text is None or image is None or not text.value < self.target_recall <= image.value:
             return ""
         return (
             f"text queries find {text.value:.3f} of the best {self.k}, below the target "
