@@ -9,10 +9,13 @@ import pytest
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
+from twotower.engine_config import Engine
+from twotower.retrieval.auto_config import AutoConfig
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
-from twotower.retrieval.index import SearchResult, VectorIndex
-from twotower.retrieval.kept import kept_folder, open_index
+from twotower.retrieval.index import Modality, SearchResult, VectorIndex
+from twotower.retrieval.kept import kept_folder, make_index, open_index
+from twotower.retrieval.milvus_collection import MilvusConfig
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError
 
@@ -217,3 +220,17 @@ def test_the_folder_is_beside_the_store_whatever_the_factory_string(
     monkeypatch.chdir(here.folder.parent)
     monkeypatch.setattr(here, "folder", Path("."))
     assert kept_folder(HNSW, here).parent == beside.parent.parent / "index"
+
+
+@pytest.mark.parametrize("config", [AutoConfig(engine=Engine.ray), MilvusConfig(engine=Engine.ray)])
+def test_an_engine_that_would_be_ignored_is_refused(
+    config: IndexConfig, here: EmbeddingStore
+) -> None:
+    named = dataclasses.replace(config, folder="index")
+    for work in (
+        lambda: open_index(config, here),
+        lambda: open_index(named, here),
+        lambda: make_index(config, here, 1, Modality.images),
+    ):
+        with pytest.raises(ConfigError, match=r"index\.engine=ray goes with index=exact or faiss"):
+            work()

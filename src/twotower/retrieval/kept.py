@@ -18,6 +18,7 @@ from twotower.retrieval.auto import choose
 from twotower.retrieval.auto_config import AutoConfig
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
 from twotower.retrieval.card import Card, write_card
+from twotower.retrieval.engine import check_engine
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
@@ -51,9 +52,10 @@ def open_index(
     one that is saved there.
 
     Raises:
-        ConfigError: as `build_index` does; or the folder that is named holds no index of this
-            store.
+        ConfigError: as `build_index` and `check_engine` do; or the folder that is named holds no
+            index of this store.
     """
+    check_engine(config)
     if config.folder:
         return open_named(config, store, modality)
     if isinstance(config, MilvusConfig):
@@ -90,8 +92,9 @@ def make_index(config: IndexConfig, store: EmbeddingStore, seed: int, modality: 
     """The index of a config, or with `index=auto` the one that measuring has chosen.
 
     Raises:
-        ConfigError: as `build_index` and `choose` do.
+        ConfigError: as `build_index`, `choose` and `check_engine` do.
     """
+    check_engine(config)
     if isinstance(config, AutoConfig):
         return Made(*choose(config, store, seed, modality))
     if isinstance(config, MilvusConfig):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from twotower.config import IndexConfig
+from twotower.engine_config import Engine
 from twotower.machine import free_bytes
 from twotower.retrieval.benchmark.data import Data
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
@@ -33,8 +34,12 @@ def index_config(name: str, like: IndexConfig) -> IndexConfig:
     """The config of an index of the benchmark section, with the metric of `like`.
 
     Raises:
-        ConfigError: `exact:` is followed by no tier.
+        ConfigError: `exact:` is followed by no tier, or `like` is not of this process.
     """
+    if like.engine is not Engine.local:
+        raise ConfigError(
+            f"benchmark measures indexes in this process; leave out index.engine={like.engine.name}"
+        )
     kind, _, tier = name.partition(":")
     if kind != "exact":
         return FaissConfig(factory=name, metric=like.metric)
