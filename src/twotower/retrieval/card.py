@@ -188,3 +188,9 @@ def write_card(card: Card, folder: Path) -> None:
         temporary.write_text(json.dumps(to_plain_card(card), indent=1) + "\n")
     with replacing(folder / f"{CARD}.md") as temporary:
         temporary.write_text(markdown(card))
+
+
+def remove_card(folder: Path) -> None:
+    """Take away the card of an earlier index."""
+    for ending in ("json", "md"):
+        (folder / f"{CARD}.{ending}").unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from twotower.engine_config import Engine, EngineConfig
 from twotower.retrieval.auto import choose
 from twotower.retrieval.auto_config import AutoConfig
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
-from twotower.retrieval.card import Card, write_card
+from twotower.retrieval.card import Card, remove_card, write_card
+from twotower.retrieval.clip_retrieval import remove_for_clip_retrieval
 from twotower.retrieval.engine import check_engine
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
@@ -113,6 +114,9 @@ def keep_index(
 ) -> Path:
     """Save an index, and its card, where `saved_index` finds it.
 
+    What else an earlier one has left there is removed first: its card, and its files for
+    clip-retrieval.
+
     Returns:
         The file of the index itself.
 
@@ -127,10 +131,18 @@ def keep_index(
         "seed": seed,
         "asked": {"kind": config.registered_name, **to_plain(config)},
     }
+    try:
+        remove_card(folder)
+        # Captions may lie beside the pictures.
+        for place in {folder, kept_folder(config, store)}:
+            remove_for_clip_retrieval(modality, place)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+    data = save_index(made.searched, folder, fingerprint, {**rows, **about})
     if made.card is not None:
         made.card.fingerprint = fingerprint
         write_card(made.card, folder)
-    return save_index(made.searched, folder, fingerprint, {**rows, **about})
+    return data
 
 
 def saved_index(
