@@ -3,19 +3,24 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.retrieval.written import clustered_rows, write_store
-from twotower.config import Config, FreeText
+from twotower.config import Config, FreeText, IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.auto import choose
 from twotower.retrieval.auto_config import AutoConfig, Preference
+from twotower.retrieval.build import build_index
+from twotower.retrieval.card import Card, Tried, advice
 from twotower.retrieval.exact import ExactConfig, ExactIndex
-from twotower.retrieval.index import Modality, unit_rows
+from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.index import Modality, VectorIndex, unit_rows
 from twotower.retrieval.indexing import index_store
 from twotower.retrieval.kept import open_index
+from twotower.retrieval.measure import Interval
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError
 
@@ -108,6 +113,51 @@ def test_tuned_on_pictures_texts_would_find_less(written: EmbeddingStore) -> Non
     assert card.best.recalls["text"].value > usual["text"]
     assert usual["image"] > usual["text"]
     assert any("tuned on pictures, as is usual" in sentence for sentence in card.advice)
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "warns"),
+    [(0.949, 0.97, True), (0.8, 0.95, True), (0.95, 0.99, False), (0.9, 0.94, False)],
+)
+def test_warns_of_texts_that_miss_what_pictures_reach(
+    text: float, image: float, warns: bool
+) -> None:
+    # Whatever the intervals: with few queries they are wide.
+    recalls = {
+        name: Interval(value, value - 0.1, min(1.0, value + 0.1))
+        for name, value in (("text", text), ("image", image))
+    }
+    card = Card("one", "", [Tried("one", {}, 0, 0, recalls=recalls)], "", {}, 0.95, 10, "text")
+    sentence = f"text queries find {text:.3f} of the best 10, below the target 0.95"
+    assert card.warning().startswith(sentence if warns else "")
+    assert bool(card.warning()) == warns == any(sentence in line for line in advice(card))
+
+
+def test_an_index_for_which_the_memory_is_too_small_falls_out(
+    written: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(config: IndexConfig, *args: Any, **kwargs: Any) -> VectorIndex:
+        if isinstance(config, FaissConfig) and config.factory == "SQ8":
+            raise MemoryError
+        return build_index(config, *args, **kwargs)
+
+    monkeypatch.setattr("twotower.retrieval.auto.build_index", built)
+    card = choose(AutoConfig(candidates=["exact", "SQ8"], **SLOW), written).card  # type: ignore[arg-type]
+    assert [entry.note for entry in card.tried] == ["", "not built: the memory is full"]
+
+
+def test_the_memory_is_what_is_free_before_the_first_index(
+    written: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: list[int | None] = [600 * 40]
+    monkeypatch.setattr("twotower.retrieval.auto_config.free_bytes", lambda: free.pop())
+    config = AutoConfig(candidates=["exact", "Flat"], **SLOW)  # type: ignore[arg-type]
+    tried = choose(config, written).card.tried
+    assert "Flat" in tried[1].name and "beyond the memory" in tried[1].note
+    free[:] = [2**60, 1000, None]
+    machine = AutoConfig().memory
+    assert AutoConfig().memory == 1000
+    assert 1000 < AutoConfig().memory == machine < 2**50
 
 
 def test_without_captions_it_says_that_nothing_is_known_of_texts(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.retrieval.reference import brute_force
+from tests.retrieval.written import clustered_rows, write_store
 from twotower.config import Metric
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import build_index, gather, sample_positions, store_fingerprint
@@ -63,3 +65,13 @@ def test_the_fingerprint_follows_the_rows(store: EmbeddingStore) -> None:
     assert images != store_fingerprint(store, Modality.texts)
     other = dataclasses.replace(store.manifest, checkpoint_sha256="0" * 64)
     assert images != store_fingerprint(EmbeddingStore(store.folder, other), Modality.images)
+
+
+def test_the_fingerprint_follows_deletions_which_leave_the_files(tmp_path: Path) -> None:
+    store = write_store(tmp_path, clustered_rows(20), {})
+    found = {store_fingerprint(store, Modality.images)}
+    for gone in ([3], [4], [4, 5]):
+        np.save(tmp_path / "deleted.npy", np.array(gone))
+        left = dataclasses.replace(store.manifest, deleted=len(gone), rows=20 - len(gone))
+        found.add(store_fingerprint(EmbeddingStore(tmp_path, left), Modality.images))
+    assert len(found) == 4

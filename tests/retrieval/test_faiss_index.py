@@ -11,6 +11,7 @@ from tests.retrieval.reference import brute_force
 from twotower.config import Metric
 from twotower.retrieval.build import build_index
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
+from twotower.retrieval.faiss_parts import searched_with
 from twotower.retrieval.index import AnyFloatArray, unit_rows
 from twotower.settings import ConfigError
 
@@ -74,6 +75,29 @@ def test_search_settings_are_set_again_when_it_is_loaded(tmp_path: object) -> No
     other = FaissIndex(FaissConfig(factory="IVF8,Flat", nprobe=3), 8)
     other.read(tmp_path / "file")  # type: ignore[operator]
     assert (index._index.nprobe, other._index.nprobe) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "asked", "usual"),
+    [
+        ("IVF8,Flat", {"nprobe": 5}, {"nprobe": 1}),
+        ("HNSW8", {"ef_search": 99}, {"efSearch": 16}),
+        ("IVF8_HNSW8,Flat", {"nprobe": 5, "ef_search": 99}, {"nprobe": 1, "efSearch": 16}),
+        ("SQ8,RFlat", {"k_factor": 7.0}, {"k_factor_rf": 1}),
+    ],
+)
+def test_a_loaded_index_forgets_the_search_that_it_was_saved_with(
+    factory: str, asked: dict[str, float], usual: dict[str, float], tmp_path: Path
+) -> None:
+    index = FaissIndex(FaissConfig(factory=factory, **asked), 8)  # type: ignore[arg-type]
+    index.add(some_rows())
+    index.write(tmp_path / "file")
+    assert all(searched_with(index.faiss_index)[name] != usual[name] for name in usual)
+    other = FaissIndex(FaissConfig(factory=factory), 8)
+    other.read(tmp_path / "file")
+    assert searched_with(other.faiss_index) == usual
+    index.search_with(**dict.fromkeys(asked, 0))
+    assert searched_with(index.faiss_index) == usual
 
 
 def test_refinement_looks_at_more_candidates() -> None:

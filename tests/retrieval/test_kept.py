@@ -9,10 +9,15 @@ import pytest
 
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
+from twotower.engine_config import Engine
+from twotower.retrieval.auto_config import AutoConfig
+from twotower.retrieval.build import build_index
+from twotower.retrieval.card import Card, Tried
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
-from twotower.retrieval.index import SearchResult, VectorIndex
-from twotower.retrieval.kept import kept_folder, open_index
+from twotower.retrieval.index import Modality, SearchResult, VectorIndex
+from twotower.retrieval.kept import Made, keep_index, kept_folder, make_index, open_index
+from twotower.retrieval.milvus_collection import MilvusConfig
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError
 
@@ -217,3 +222,50 @@ def test_the_folder_is_beside_the_store_whatever_the_factory_string(
     monkeypatch.chdir(here.folder.parent)
     monkeypatch.setattr(here, "folder", Path("."))
     assert kept_folder(HNSW, here).parent == beside.parent.parent / "index"
+
+
+@pytest.mark.parametrize("config", [AutoConfig(engine=Engine.ray), MilvusConfig(engine=Engine.ray)])
+def test_an_engine_that_would_be_ignored_is_refused(
+    config: IndexConfig, here: EmbeddingStore
+) -> None:
+    named = dataclasses.replace(config, folder="index")
+    for work in (
+        lambda: open_index(config, here),
+        lambda: open_index(named, here),
+        lambda: make_index(config, here, 1, Modality.images),
+    ):
+        with pytest.raises(ConfigError, match=r"index\.engine=ray goes with index=exact or faiss"):
+            work()
+
+
+@pytest.mark.parametrize("modality", list(Modality))
+def test_nothing_of_an_earlier_index_stays_beside_a_new_one(
+    modality: Modality, here: EmbeddingStore, tmp_path: Path
+) -> None:
+    pictures, folder = (kept_folder(HNSW, here, kind) for kind in (Modality.images, modality))
+    mine = "image.index" if modality is Modality.images else "text.index"
+    old = {folder / "index_card.json", folder / "index_card.md", pictures / mine}
+    for file in (*old, pictures / "metadata" / "metadata_0000.parquet", folder / "notes.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    open_index(HNSW, here, modality=modality)
+    assert not any(file.exists() for file in (*old, pictures / "metadata"))
+    assert (folder / "notes.txt").exists() and (folder / "index.json").exists()
+
+
+def test_the_card_is_written_after_the_index(
+    here: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build_index(HNSW, here)
+    card = Card("HNSW8", "", [Tried("HNSW8", {}, 0, 0)], "", {}, 0.9, 10)
+    folder = tmp_path / "index"
+    keep_index(Made(index, card), folder, HNSW, here, 1, Modality.images)
+    assert (folder / "index_card.md").is_file()
+
+    def full_disk(*args: object) -> None:
+        raise ConfigError("the disk is full")
+
+    monkeypatch.setattr(index, "write", full_disk)
+    with pytest.raises(ConfigError, match="the disk is full"):
+        keep_index(Made(index, card), folder, HNSW, here, 1, Modality.images)
+    assert not (folder / "index_card.md").exists()  # of what is there nobody knows the card

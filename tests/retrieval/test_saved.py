@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,71 @@ def test_a_save_that_fails_leaves_the_earlier_index(
         save_index(index, tmp_path / "index")
     assert len(load_index(tmp_path / "index")) == 40
     assert len(list((tmp_path / "index").iterdir())) == 2
+
+
+def test_of_two_saves_at_once_both_files_are_whole_while_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = exact(), exact()
+    second.add(ROWS)
+    save_index(exact(), tmp_path)
+    write = first.write
+
+    def overtaken(file: Path) -> None:
+        """The other one begins later and ends earlier."""
+        write(file)
+        save_index(second, tmp_path)
+        assert len(load_index(tmp_path)) == 80
+
+    monkeypatch.setattr(first, "write", overtaken)
+    save_index(first, tmp_path)
+    assert len(load_index(tmp_path)) == 40
+    assert len(list(tmp_path.iterdir())) == 2
+    # A data file that no manifest names yet is that of another saver.
+    write_other = second.write
+
+    def overtaking(file: Path) -> None:
+        write_other(file)
+        file.with_name("index-ffff.bin").write_bytes(file.read_bytes())
+        save_index(exact(), tmp_path)
+        assert file.with_name("index-ffff.bin").is_file()
+
+    monkeypatch.setattr(second, "write", overtaking)
+    save_index(second, tmp_path)
+    assert len(load_index(tmp_path)) == 80
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_index(exact(), tmp_path)
+    later = exact()
+    later.add(ROWS)
+    read, calls = ExactIndex.read, []
+
+    def replaced(self: ExactIndex, file: Path) -> None:
+        if not calls:
+            save_index(later, tmp_path)
+        calls.append(file)
+        read(self, file)
+
+    monkeypatch.setattr(ExactIndex, "read", replaced)
+    assert len(load_index(tmp_path)) == 80
+    assert len(calls) == 2
+
+
+def test_what_killed_savers_have_left_goes_after_a_day(tmp_path: Path) -> None:
+    names = [".index-1.bin.7-1.tmp", ".index.json.7-1.tmp", "index-1.bin", "index-1-0000.bin"]
+    for age, folder in ((0, tmp_path / "new"), (100_000, tmp_path / "old")):
+        folder.mkdir()
+        for name in [*names, "notes.txt"]:
+            (folder / name).touch()
+            os.utime(folder / name, (time.time() - age,) * 2)
+        save_index(exact(), folder)
+        left = {path.name for path in folder.iterdir()}
+        assert left.issuperset(names) == (age == 0)
+        assert left.isdisjoint(names) == (age > 0)
+        assert "notes.txt" in left
 
 
 @pytest.mark.parametrize("kind", ["exact", "faiss"])

@@ -45,9 +45,12 @@ def choose(
         ConfigError: as `build_index`, or `candidates` names what no index can be.
     """
     rows, dim = len(store), store.manifest.dim
+    asked = {name: value for name, value in to_plain(config).items() if value}
+    # What is free changes with every index that is built.
+    config = dataclasses.replace(config, max_memory_gb=config.memory / GB)
     proposals = _proposals(config, rows, dim)
     about: dict[str, Any] = {"rows": rows, "dim": dim, "searched": modality.name}
-    about |= {"asked": {name: value for name, value in to_plain(config).items() if value}}
+    about |= {"asked": asked, "memory": f"{config.max_memory_gb:.1f} GB"}
     if len(proposals) == 1 and isinstance(proposals[0].config, ExactConfig):
         return _exact_alone(config, proposals[0], store, seed, modality, about)
     about |= environment()  # FAISS gets as many threads as torch, before anything is timed
@@ -183,8 +186,8 @@ class _Measuring:
         try:
             index = self._built(proposal, entry)
             self._measure(index, proposal, entry)
-        except ConfigError as error:
-            entry.note = f"not built: {error}"
+        except (ConfigError, MemoryError) as error:
+            entry.note = f"not built: {str(error) or 'the memory is full'}"
             return entry, None
         log.info("%s: %s", proposal.name, entry.summary())
         return entry, index

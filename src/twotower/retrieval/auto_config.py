@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from twotower.config import IndexConfig
+from twotower.machine import free_bytes
 from twotower.settings import setting
 
 GB = 1e9
@@ -24,7 +25,10 @@ class AutoConfig(IndexConfig):
     """The best of several indexes, by recall that is measured with text queries."""
 
     max_memory_gb: float = setting(
-        0.0, "memory that the index may take, GB; 0 is half of this machine's", ge=0
+        0.0,
+        "memory that the index may take, GB; 0 is half of this machine's, or what is free if that "
+        "is less",
+        ge=0,
     )
     max_latency_ms: float = setting(10.0, "median time that one query may take, ms", gt=0)
     target_recall: float = setting(
@@ -50,6 +54,9 @@ class AutoConfig(IndexConfig):
 
     @property
     def memory(self) -> float:
-        """Bytes that the index may take."""
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return self.max_memory_gb * GB or machine / 2
+        """Bytes that the index may take; where none are given, by what is free at this moment."""
+        if self.max_memory_gb:
+            return self.max_memory_gb * GB
+        half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        free = free_bytes()
+        return half if free is None else max(1, min(half, free))

@@ -86,8 +86,10 @@ def gather(shards: Sequence[AnyFloatArray], positions: IdArray) -> AnyFloatArray
 
 
 def store_fingerprint(store: EmbeddingStore, modality: Modality) -> str:
-    """Names the rows of a store: its fingerprint, its source and the hash of every file."""
+    """Names the rows of a store: its fingerprint, its source, its files and what is deleted."""
     manifest = store.manifest
     files = [sorted(shard.files.items()) for shard in manifest.shards]
     about = [manifest.fingerprint, manifest.source_fingerprint, modality.name, files]
+    if manifest.deleted:  # an update deletes rows without touching their files
+        about.append(hashlib.sha256(store.deleted().tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -77,7 +77,7 @@ class Card:
     def warning(self) -> str:
         """The sentence about text queries that miss what picture queries reach; mostly empty."""
         text, image = (self.best.recalls.get(name) for name in ("text", "image"))
-        if text is None or image is None or self.best.reaches or image.high < self.target_recall:
+        if text is None or image is None or not text.value < self.target_recall <= image.value:
             return ""
         return (
             f"text queries find {text.value:.3f} of the best {self.k}, below the target "
@@ -188,3 +188,9 @@ def write_card(card: Card, folder: Path) -> None:
         temporary.write_text(json.dumps(to_plain_card(card), indent=1) + "\n")
     with replacing(folder / f"{CARD}.md") as temporary:
         temporary.write_text(markdown(card))
+
+
+def remove_card(folder: Path) -> None:
+    """Take away the card of an earlier index."""
+    for ending in ("json", "md"):
+        (folder / f"{CARD}.{ending}").unlink(missing_ok=True)

@@ -28,18 +28,29 @@ class IndexRegistry(Registry[T]):
         """
         if not isinstance(config, IndexConfig) or config.engine is Engine.local:
             return super().build(config, *args, **kwargs)
-        if config.registered_name not in ON_RAY:
-            raise ConfigError(
-                f"index={config.registered_name} has no shards of ours; index.engine=ray goes with "
-                f"index={' or '.join(ON_RAY)}"
-            )
-        for name in ALONE:
-            if getattr(config, name, 0):
-                raise ConfigError(f"index.{name} does not go with index.engine=ray; leave it out")
+        check_engine(config)
         from twotower.retrieval.ray_index import RayIndex
 
         index: Any = RayIndex(config, *args, **kwargs)  # a VectorIndex, which is what T is here
         return index  # type: ignore[no-any-return]
+
+
+def check_engine(config: IndexConfig) -> None:
+    """Refuse an index that its engine does not run.
+
+    Raises:
+        ConfigError: engine=ray, with a kind of index or a setting that has no shards.
+    """
+    if config.engine is Engine.local:
+        return
+    if config.registered_name not in ON_RAY:
+        raise ConfigError(
+            f"index={config.registered_name} has no shards of ours; index.engine=ray goes with "
+            f"index={' or '.join(ON_RAY)}"
+        )
+    for name in ALONE:
+        if getattr(config, name, 0):
+            raise ConfigError(f"index.{name} does not go with index.engine=ray; leave it out")
 
 
 def in_this_process(config: ConfigT) -> ConfigT:

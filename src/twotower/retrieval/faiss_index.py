@@ -20,6 +20,7 @@ from twotower.retrieval.faiss_parts import (
     keeps_ids,
     prepare_training,
     read_index,
+    searched_with,
     stored_ids,
     to_gpu,
     without_ids,
@@ -117,6 +118,7 @@ class FaissIndex:
         self._ids = RowIds()
         with self._sentence("cannot be built"):
             made = self._faiss.index_factory(dim, config.factory, self._faiss.METRIC_INNER_PRODUCT)
+        self._by_itself = searched_with(made)  # a file has the values that it was written with
         self._use(made if keeps_ids(made) else self._faiss.IndexIDMap(made))
         if config.gpu:
             check_gpu()
@@ -140,7 +142,8 @@ class FaissIndex:
             ("efSearch", self.config.ef_search),
             ("k_factor_rf", self.config.k_factor),
         )
-        for name, value in settings:
+        for name, asked in settings:
+            value = asked or self._by_itself.get(name)
             if value:
                 with self._sentence(f"has no {name} to set"):
                     self._faiss.ParameterSpace().set_index_parameter(self._index, name, value)

@@ -28,6 +28,27 @@ def parts(index: Any) -> Iterator[Any]:
             yield from parts(inner)
 
 
+def searched_with(index: Any) -> dict[str, float]:
+    """The values of a search that an index has now, by the names that FAISS sets them by."""
+    import faiss
+
+    found: dict[str, float] = {}
+    for part in parts(index):
+        if hasattr(part, "nprobe"):
+            found.setdefault("nprobe", part.nprobe)
+        if hasattr(part, "hnsw"):
+            found.setdefault("efSearch", part.hnsw.efSearch)
+        if hasattr(part, "refine_index"):
+            found.setdefault("k_factor_rf", part.k_factor)
+    space = faiss.ParameterSpace()
+    for name, value in list(found.items()):
+        try:
+            space.set_index_parameter(index, name, value)
+        except RuntimeError:  # too deep inside for FAISS to reach
+            del found[name]
+    return found
+
+
 def keeps_ids(index: Any) -> bool:
     """Whether it takes ids of our own; the others know none but 0, 1, 2, ..."""
     import faiss

@@ -14,11 +14,7 @@ from twotower.embedding.store import EmbeddingStore
 from twotower.index_config import Indexed
 from twotower.retrieval.build import store_fingerprint
 from twotower.retrieval.card import CARD, Card, table
-from twotower.retrieval.clip_retrieval import (
-    NAMES,
-    remove_for_clip_retrieval,
-    write_for_clip_retrieval,
-)
+from twotower.retrieval.clip_retrieval import NAMES, write_for_clip_retrieval
 from twotower.retrieval.index import INDEXES, Modality
 from twotower.retrieval.kept import index_fingerprint, keep_index, kept_folder, make_index
 from twotower.retrieval.opening import open_stores
@@ -92,11 +88,10 @@ def save_of_store(config: Config, store: EmbeddingStore, modality: Modality) -> 
         *(made, folder, config.index, store, config.seed, modality),
         build_seconds=round(seconds, 3),
     )
-    beside = folder
-    if modality is Modality.texts and config.indexing.modality is Indexed.both:
-        beside = kept_folder(config.index, store)  # one folder holds both
-    remove_for_clip_retrieval(modality, beside)
     if config.indexing.clip_retrieval:
+        beside = folder
+        if modality is Modality.texts and config.indexing.modality is Indexed.both:
+            beside = kept_folder(config.index, store)  # one folder holds both
         write_for_clip_retrieval(made.searched, store, modality, data, beside)
     return folder
 

@@ -17,7 +17,9 @@ from twotower.engine_config import Engine, EngineConfig
 from twotower.retrieval.auto import choose
 from twotower.retrieval.auto_config import AutoConfig
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
-from twotower.retrieval.card import Card, write_card
+from twotower.retrieval.card import Card, remove_card, write_card
+from twotower.retrieval.clip_retrieval import remove_for_clip_retrieval
+from twotower.retrieval.engine import check_engine
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
@@ -51,9 +53,10 @@ def open_index(
     one that is saved there.
 
     Raises:
-        ConfigError: as `build_index` does; or the folder that is named holds no index of this
-            store.
+        ConfigError: as `build_index` and `check_engine` do; or the folder that is named holds no
+            index of this store.
     """
+    check_engine(config)
     if config.folder:
         return open_named(config, store, modality)
     if isinstance(config, MilvusConfig):
@@ -90,8 +93,9 @@ def make_index(config: IndexConfig, store: EmbeddingStore, seed: int, modality: 
     """The index of a config, or with `index=auto` the one that measuring has chosen.
 
     Raises:
-        ConfigError: as `build_index` and `choose` do.
+        ConfigError: as `build_index`, `choose` and `check_engine` do.
     """
+    check_engine(config)
     if isinstance(config, AutoConfig):
         return Made(*choose(config, store, seed, modality))
     if isinstance(config, MilvusConfig):
@@ -110,6 +114,9 @@ def keep_index(
 ) -> Path:
     """Save an index, and its card, where `saved_index` finds it.
 
+    What else an earlier one has left there is removed first: its card, and its files for
+    clip-retrieval.
+
     Returns:
         The file of the index itself.
 
@@ -124,10 +131,18 @@ def keep_index(
         "seed": seed,
         "asked": {"kind": config.registered_name, **to_plain(config)},
     }
+    try:
+        remove_card(folder)
+        # Captions may lie beside the pictures.
+        for place in {folder, kept_folder(config, store)}:
+            remove_for_clip_retrieval(modality, place)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+    data = save_index(made.searched, folder, fingerprint, {**rows, **about})
     if made.card is not None:
         made.card.fingerprint = fingerprint
         write_card(made.card, folder)
-    return save_index(made.searched, folder, fingerprint, {**rows, **about})
+    return data
 
 
 def saved_index(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from twotower.settings import ConfigError, from_plain, to_plain
 
 FORMAT = 2
 MANIFEST = "index.json"
+ABANDONED_SECONDS = 86_400
 
 
 def save_index(
@@ -26,8 +28,9 @@ def save_index(
     """Write an index to a folder, replacing the one that is there.
 
     The data file has a new name each time and the manifest, which names it, is replaced last: a
-    reader sees the old index or the new one. `fingerprint` says what it was made from, in one
-    word; `about`, which JSON can hold, tells it to people.
+    reader sees the old index or the new one. Of two that save at once the later one stays, whole;
+    the files of the other may stay beside it for a day or more. `fingerprint` says what it was
+    made from, in one word; `about`, which JSON can hold, tells it to people.
 
     Returns:
         The data file.
@@ -49,12 +52,35 @@ def save_index(
         "file": name,
         "about": dict(about or {}),
     }
+    before = _named_file(folder)
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    for old in folder.glob("index-*.bin"):
-        if not old.name.startswith(stem):
-            old.unlink(missing_ok=True)
+    for file in folder.glob("index-*.bin"):
+        # Only what was replaced here: other files may be those of another saver.
+        if file.name.startswith((f"{before}.", f"{before}-")) or (
+            not file.name.startswith(stem) and _is_abandoned(file)
+        ):
+            file.unlink(missing_ok=True)
+    for file in folder.glob(".index*.tmp"):
+        if _is_abandoned(file):
+            file.unlink(missing_ok=True)
     return folder / name
+
+
+def _named_file(folder: Path) -> str:
+    """What the names of the files begin with that the manifest of a folder stands for."""
+    try:
+        return Path(json.loads((folder / MANIFEST).read_text())["file"]).stem
+    except (OSError, ValueError, KeyError, TypeError):
+        return MANIFEST  # none; no data file is called so
+
+
+def _is_abandoned(file: Path) -> bool:
+    """Whether nobody has written to a file for a day: its saver was killed, or overtaken."""
+    try:
+        return time.time() - file.stat().st_mtime > ABANDONED_SECONDS
+    except OSError:  # its saver has just finished
+        return False
 
 
 def load_index(
@@ -70,6 +96,19 @@ def load_index(
         ConfigError: there is none, it is damaged, or it has another fingerprint.
     """
     manifest = read_manifest(folder)
+    try:
+        return _load(folder, manifest, fingerprint, config)
+    except ConfigError:
+        now = read_manifest(folder)
+        if now == manifest:
+            raise
+    return _load(folder, now, fingerprint, config)  # it was replaced meanwhile
+
+
+def _load(
+    folder: Path, manifest: Mapping[str, Any], fingerprint: str | None, config: IndexConfig | None
+) -> VectorIndex:
+    """The index of a manifest; see `load_index`."""
     if fingerprint is not None and fingerprint != manifest["fingerprint"]:
         raise ConfigError(
             f"the index {folder} was built from other rows or with other settings; build it again"

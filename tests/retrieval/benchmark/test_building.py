@@ -9,6 +9,7 @@ import pytest
 
 from tests.retrieval.benchmark.helpers import ArrayData, some_rows
 from twotower.config import Metric
+from twotower.engine_config import Engine
 from twotower.retrieval.benchmark import building
 from twotower.retrieval.benchmark.building import (
     build,
@@ -32,6 +33,9 @@ def test_names_become_configs_of_the_metric_that_is_asked_for() -> None:
     assert index_config("exact", FaissConfig(metric=Metric.ip)) == ExactConfig(metric=Metric.ip)
     with pytest.raises(ConfigError, match="has exact:fast, but the tiers of exact are auto, nat"):
         index_config("exact:fast", like)
+    for name in ("exact", "HNSW8"):
+        with pytest.raises(ConfigError, match=r"in this process; leave out index\.engine=ray"):
+            index_config(name, ExactConfig(engine=Engine.ray))
 
 
 def test_an_index_that_cannot_be_built_has_its_reason_and_the_exact_one_is_built_once() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twotower.config import IndexConfig
+from twotower.engine_config import Engine
 from twotower.machine import free_bytes
 from twotower.retrieval.benchmark.data import Data
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
@@ -36,8 +37,12 @@ def index_config(name: str, like: IndexConfig) -> IndexConfig:
     """The config of an index of the benchmark section, with the metric of `like`.
 
     Raises:
-        ConfigError: `exact:` is followed by no tier.
+        ConfigError: `exact:` is followed by no tier, or `like` is not of this process.
     """
+    if like.engine is not Engine.local:
+        raise ConfigError(
+            f"benchmark measures indexes in this process; leave out index.engine={like.engine.name}"
+        )
     kind, _, tier = name.partition(":")
     if kind != "exact":
         return FaissConfig(factory=name, metric=like.metric)
