@@ -76,8 +76,7 @@ def test_the_card_warns_where_pictures_hide_that_texts_miss() -> None:
     text = markdown(card)
     assert "0.700 (0.660 to 0.740) | 0.990 (0.980 to 1.000)" in text
     assert "though picture queries find 0.990" in text
-    entry.reaches = True
-    assert card.warning() == ""
-    entry.reaches = False
+    entry.reaches = True  # as a wide interval may say
+    assert card.warning()
     entry.recalls["image"] = Interval(0.8, 0.7, 0.9)
     assert card.warning() == ""
