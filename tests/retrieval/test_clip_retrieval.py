@@ -16,12 +16,12 @@ from twotower.config import Config, FreeText
 from twotower.embedding.store import EmbeddingStore
 from twotower.index_config import Indexed, IndexingConfig
 from twotower.retrieval.exact import ExactConfig
-from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.faiss_index import FaissConfig, import_faiss
 from twotower.retrieval.index import unit_rows
 from twotower.retrieval.indexing import describe, index_store
 from twotower.retrieval.kept import kept_folder
 
-faiss = pytest.importorskip("faiss")
+faiss = import_faiss()
 # No two of them are alike, so that a coarse index finds the right one too.
 ROWS = unit_rows(np.random.default_rng(2).standard_normal((120, 12)))
 

@@ -9,7 +9,7 @@ from tests.retrieval.reference import brute_force
 from tests.retrieval.written import clustered_rows
 from twotower.config import Metric
 from twotower.retrieval import INDEXES
-from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.faiss_index import FaissConfig, import_faiss
 from twotower.retrieval.index import AnyFloatArray
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.retrieval.saved import load_index, save_index
@@ -30,7 +30,7 @@ def test_where_all_rows_are_candidates_the_answer_is_exact(factory: str) -> None
     if factory.startswith("IVF"):
         index.inner._index.nprobe = 4  # type: ignore[attr-defined]
     elif factory.startswith("HNSW"):
-        pytest.importorskip("faiss").ParameterSpace().set_index_parameter(
+        import_faiss().ParameterSpace().set_index_parameter(
             index.inner._index,  # type: ignore[attr-defined]
             "efSearch",
             400,

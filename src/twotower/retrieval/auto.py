@@ -14,7 +14,7 @@ from twotower.retrieval.card import Card, Tried, advice
 from twotower.retrieval.environment import environment
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.index import INDEXES, Modality, VectorIndex
-from twotower.retrieval.measure import Queries, draw_queries, latency_ms, wilson
+from twotower.retrieval.measure import HeldOut, draw_queries, latency_ms, wilson
 from twotower.retrieval.proposals import FEW_ROWS, Proposal, exact_for, of_factory, propose
 from twotower.retrieval.tiers import Tier
 from twotower.retrieval.tuning import tune
@@ -137,7 +137,7 @@ class _Measuring:
         assert isinstance(reference, ExactIndex)
         self._reference = reference
         self._reference_seconds = time.perf_counter() - started
-        self._queries: dict[str, tuple[Queries, Queries]] = {}
+        self._queries: dict[str, tuple[HeldOut, HeldOut]] = {}
         kinds = [
             ("text", Modality.texts, store.has_texts),
             ("image", Modality.images, store.has_images),
@@ -150,7 +150,7 @@ class _Measuring:
                     count=min(config.num_queries, len(store)),
                     seed=seed + place,
                 )
-                half = len(drawn.kth) // 2
+                half = len(drawn) // 2
                 self._queries[name] = drawn.part(slice(half)), drawn.part(slice(half, None))
         self.leading = next(iter(self._queries))
 
@@ -167,7 +167,7 @@ class _Measuring:
         """What the queries are, for the card."""
         what = {"text": "captions", "image": "pictures"}
         drawn = " and ".join(
-            f"{len(parts[1].kth):,} {what[name]}" for name, parts in self._queries.items()
+            f"{len(parts[1]):,} {what[name]}" for name, parts in self._queries.items()
         )
         own = "pictures" if self._modality is Modality.images else "captions"
         return (

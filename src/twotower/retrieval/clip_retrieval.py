@@ -8,7 +8,6 @@ the index calls i. Its search is `search_and_reconstruct`.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.checkpoint.atomic import replacing
+from twotower.checkpoint.atomic import link_or_copy, replacing
 from twotower.embedding.layout import METADATA
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.faiss_index import FaissIndex
@@ -63,7 +62,7 @@ def write_for_clip_retrieval(
     target = folder / NAMES[modality]
     with replacing(target) as temporary:
         if ids is None:
-            link(data, temporary)
+            link_or_copy(data, temporary)
         else:
             index.write_bare(temporary)
     _write_metadata(store, folder / "metadata", ids)
@@ -85,15 +84,6 @@ def _can_reconstruct(bare: object) -> bool:
     return True
 
 
-def link(source: Path, target: Path) -> None:
-    """The same file under another name, or where the disk has no such links a copy."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _write_metadata(store: EmbeddingStore, folder: Path, ids: IdArray | None) -> None:
     """The metadata by position: of the rows with these ids, or by id itself where there are none.
 
@@ -109,7 +99,7 @@ def _write_metadata(store: EmbeddingStore, folder: Path, ids: IdArray | None) ->
                 if store.manifest.has_dead_rows:
                     pq.write_table(store.table(place), temporary)
                 else:
-                    link(store.folder / shard.file(METADATA), temporary)
+                    link_or_copy(store.folder / shard.file(METADATA), temporary)
             written.add(name)
     else:
         name = "metadata_0000.parquet"

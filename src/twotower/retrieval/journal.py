@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,15 +153,6 @@ def unchanged(place: Plain) -> Path:
     if any(now[key] != place[key] for key in ("size", "changed")):
         raise ConfigError(f"a shard is made from {file}, which has changed; build the index again")
     return file
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name, without a copy where the file system can."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _mapped_place(array: Array) -> Plain | None:

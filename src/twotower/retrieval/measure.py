@@ -14,7 +14,8 @@ import numpy.typing as npt
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import gather, sample_positions, shards_of
 from twotower.retrieval.exact import ExactIndex
-from twotower.retrieval.index import FloatArray, IdArray, Modality, VectorIndex
+from twotower.retrieval.index import FloatArray, IdArray, Modality, SearchResult, VectorIndex
+from twotower.retrieval.recall import search_others, shares_found
 
 LEAST_CALLS, MOST_CALLS = 20, 300
 MOST_SECONDS = 3.0  # of timing one index, beyond the least calls
@@ -30,40 +31,33 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Queries of one kind and what the exact index says of them.
+class HeldOut:
+    """Queries of one kind and what the exact index answers.
 
     Attributes:
         vectors: (Q, D).
         own: the ids (Q,) of the rows that the queries are themselves, which count neither as found
             nor as to be found; None where a query is no row of the index.
-        kth: the score (Q,) of the k-th best other row.
+        best: the k best other rows.
     """
 
     vectors: FloatArray
     own: IdArray | None
-    kth: FloatArray
-    k: int
+    best: SearchResult
 
-    def part(self, chosen: slice) -> Queries:
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def part(self, chosen: slice) -> HeldOut:
         """Some of them."""
         own = None if self.own is None else self.own[chosen]
-        return Queries(self.vectors[chosen], own, self.kth[chosen], self.k)
+        best = SearchResult(self.best.scores[chosen], self.best.ids[chosen])
+        return HeldOut(self.vectors[chosen], own, best)
 
     def recalls(self, index: VectorIndex, reference: ExactIndex) -> npt.NDArray[np.float64]:
-        """By query (Q,) the share of the k rows found that are as good as the exact k best.
-
-        As good is what reaches the k-th best score or ties with it: of two equal rows either will
-        do.
-        """
-        ids = _others(index.search(self.vectors, self._asked).ids, self.own)[:, : self.k]
-        scores, ties = reference.score(self.vectors, ids)
-        shares: npt.NDArray[np.float64] = (scores >= self.kth[:, None] - ties).mean(axis=1)
-        return shares
-
-    @property
-    def _asked(self) -> int:
-        return self.k + (self.own is not None)
+        """By query (Q,) the share of the exact k best rows that is found; see `shares_found`."""
+        found = search_others(index, self.vectors, self.own, self.best.ids.shape[1])
+        return shares_found(reference, self.vectors, found.ids, self.best)
 
 
 def draw_queries(
@@ -75,7 +69,7 @@ def draw_queries(
     k: int,
     count: int,
     seed: int,
-) -> Queries:
+) -> HeldOut:
     """At most `count` pictures or captions of a store as queries, drawn by seed, in random order.
 
     Where they are of the kind that is searched, each leaves out its own row.
@@ -86,21 +80,7 @@ def draw_queries(
     vectors = np.empty((len(chosen), store.manifest.dim), np.float32)
     vectors[order] = gather(shards_of(store, kind), chosen[order])
     own = store.row_ids()[chosen] if kind is searched else None
-    found = reference.search(vectors, k + (own is not None))
-    keep = np.argsort(_is_own(found.ids, own), axis=1, kind="stable")[:, :k]
-    kth = np.take_along_axis(found.scores, keep, 1)[:, -1]
-    return Queries(vectors, own, kth, k)
-
-
-def _is_own(ids: IdArray, own: IdArray | None) -> npt.NDArray[np.bool_]:
-    return np.zeros(ids.shape, bool) if own is None else ids == own[:, None]
-
-
-def _others(ids: IdArray, own: IdArray | None) -> IdArray:
-    """The ids (Q, k) with a query's own row at the end, where it was found at all."""
-    order = np.argsort(_is_own(ids, own), axis=1, kind="stable")
-    others: IdArray = np.take_along_axis(ids, order, 1)
-    return others
+    return HeldOut(vectors, own, search_others(reference, vectors, own, k))
 
 
 def wilson(shares: npt.NDArray[np.float64]) -> Interval:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.checkpoint.atomic import replacing
+from twotower.checkpoint.atomic import link_or_copy, replacing
 from twotower.config import IndexConfig
 from twotower.retrieval.arrays import map_arrays, whole, write_arrays
 from twotower.retrieval.engine import in_this_process
@@ -38,7 +38,6 @@ from twotower.retrieval.journal import (
     Operation,
     Plain,
     file_place,
-    link_or_copy,
 )
 from twotower.retrieval.ray_cluster import Shards, Unavailable
 from twotower.retrieval.ray_shard import TOKEN, Wanted

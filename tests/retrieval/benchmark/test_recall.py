@@ -6,11 +6,12 @@ import pytest
 from tests.retrieval.benchmark.helpers import some_rows
 from twotower.config import Metric
 from twotower.retrieval.benchmark.data import Queries
-from twotower.retrieval.benchmark.recall import Truth, recall_at_k, without_own
+from twotower.retrieval.benchmark.recall import Truth
 from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import IdArray, SearchResult
+from twotower.retrieval.recall import shares_found, without_own
 
 
 @pytest.mark.parametrize("metric", list(Metric))
@@ -22,20 +23,20 @@ def test_a_row_that_is_as_good_counts_as_found(metric: Metric) -> None:
     best = index.search(queries, 2)
     twins = best.ids // 4 * 4 + (best.ids + 2) % 4
     assert not set(map(tuple, twins)) & set(map(tuple, best.ids))
-    assert recall_at_k(index, queries, twins, best) == 1
+    assert shares_found(index, queries, twins, best).mean() == 1
     wrong = twins.copy()
     wrong[:, 1] = (wrong[:, 1] + 4) % 40
     padded = twins.copy()
     padded[0, 1] = -1
-    assert recall_at_k(index, queries, padded, best) == pytest.approx(19 / 20)
-    assert recall_at_k(index, queries, wrong, best) == pytest.approx(1 / 2)
+    assert shares_found(index, queries, padded, best).mean() == pytest.approx(19 / 20)
+    assert shares_found(index, queries, wrong, best).mean() == pytest.approx(1 / 2)
 
 
 def test_ids_that_faiss_did_not_find_are_not_hits() -> None:
     index = ExactIndex(ExactConfig(), 16)
     index.add(some_rows(5))
     nothing: IdArray = np.full((1, 3), -1)
-    assert recall_at_k(index, some_rows(1), nothing, index.search(some_rows(1), 3)) == 0
+    assert shares_found(index, some_rows(1), nothing, index.search(some_rows(1), 3)).mean() == 0
 
 
 def test_what_is_not_there_is_not_asked_for() -> None:
@@ -43,10 +44,10 @@ def test_what_is_not_there_is_not_asked_for() -> None:
     index.add(some_rows(3))
     best = index.search(some_rows(2, seed=1), 5)
     assert (best.ids == -1).sum() == 4
-    assert recall_at_k(index, some_rows(2, seed=1), best.ids, best) == 1
+    assert shares_found(index, some_rows(2, seed=1), best.ids, best).mean() == 1
     lost = best.ids.copy()
     lost[0, 1] = -1
-    assert recall_at_k(index, some_rows(2, seed=1), lost, best) == pytest.approx(5 / 6)
+    assert shares_found(index, some_rows(2, seed=1), lost, best).mean() == pytest.approx(5 / 6)
 
 
 def test_the_query_itself_is_left_out_or_else_the_last() -> None:
