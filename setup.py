@@ -11,7 +11,7 @@ setup(
         Extension(
             "twotower.retrieval._scan",
             ["src/twotower/retrieval/scan.c"],
-            depends=["src/twotower/retrieval/scan_kernels.h"],
+            depends=[f"src/twotower/retrieval/scan_{part}.h" for part in ("heaps", "kernels")],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             libraries=["m"],

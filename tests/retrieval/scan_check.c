@@ -19,13 +19,13 @@ static void *room(size_t bytes) { /* exactly, so that a byte beyond is noticed *
 }
 
 typedef struct {
-    float scale, error, norm, tail_norm;
+    float scale, error, norm, beyond[2];
 } about;
 
 /* The head at twice the scale, where there is a tail. */
-static about code(const float *row, int64_t dim, int64_t head, int8_t *codes) {
+static about code(const float *row, int64_t dim, int64_t head, int64_t back, int8_t *codes) {
     about made = {0};
-    double error = 0, norm = 0, tail = 0;
+    double error = 0, norm = 0, beyond[2] = {0};
     float largest = 0;
     for (int64_t i = 0; i < dim; i++) {
         const float value = fabsf(row[i]) / (head < dim && i < head ? 2 : 1);
@@ -38,35 +38,40 @@ static about code(const float *row, int64_t dim, int64_t head, int8_t *codes) {
         codes[i] = (int8_t)(step > 127 ? 127 : step < -127 ? -127 : step);
         error += pow(row[i] - codes[i] * unit, 2);
         norm += pow(codes[i] * unit, 2);
-        if (i >= head) tail += (double)row[i] * row[i];
+        if (i >= head) beyond[BY_HEAD] += (double)row[i] * row[i];
+        if (i >= back) beyond[BY_FRONT] += (double)row[i] * row[i];
     }
     made.error = (float)(sqrt(error) * 1.00001 + 1e-5 * (sqrt(norm) + 1));
     made.norm = (float)(sqrt(norm) * 1.00001);
-    made.tail_norm = (float)(sqrt(tail) * 1.00001);
+    for (int i = 0; i < 2; i++) made.beyond[i] = (float)(sqrt(beyond[i]) * 1.00001);
     return made;
 }
 
-/* A code's place among those of all rows, in panels of so many words. */
+/* A code's place among those of a part of all rows, in quarters of so many words. */
 static size_t place_of(int64_t row, int64_t dimension, int64_t words) {
-    return (size_t)(((row / PANEL * words + dimension / 4) * PANEL + row % PANEL) * 4 +
+    return (size_t)(((row / QUARTER * words + dimension / 4) * QUARTER + row % QUARTER) * 4 +
                     dimension % 4);
 }
 
 static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int64_t level,
-                 int64_t threads, int kind, int split) {
+                 int64_t threads, int kind, int split, int stage) {
     const int64_t words = (dim + 3) / 4, panels = (rows + PANEL - 1) / PANEL;
-    const int64_t head = split && words > 1 ? (words + 2) / 3 : words, rest = words - head;
-    const int64_t places = panels * PANEL;
+    const int64_t head = split && words > 1 ? (words + 2) / 3 : words;
+    const int64_t front = (words - head + 1) / 2, places = panels * PANEL;
+    const int64_t part[PARTS] = {head, front, words - head - front};
+    const int64_t begins[PARTS + 1] = {0, 4 * head, 4 * (head + front), 4 * words};
     float *values = room(sizeof(float) * (size_t)(rows * dim));
-    uint8_t *codes = room((size_t)(places * head * 4)), *tail = room((size_t)(places * rest * 4));
-    float *tail_norm = room(sizeof(float) * (size_t)places);
+    uint8_t *codes[PARTS];
+    float *beyond[2] = {room(sizeof(float) * (size_t)places), room(sizeof(float) * (size_t)places)};
     float *scale = room(sizeof(float) * (size_t)places);
     float *norm = room(sizeof(float) * (size_t)places);
     float *error = room(sizeof(float) * (size_t)places);
     int64_t *ids = room(sizeof(int64_t) * (size_t)rows);
     int8_t *one = room((size_t)(words * 4));
-    memset(codes, 0x80, (size_t)(places * head * 4));
-    memset(tail, 0x80, (size_t)(places * rest * 4));
+    for (int i = 0; i < PARTS; i++) {
+        codes[i] = room((size_t)(places * part[i] * 4));
+        memset(codes[i], 0x80, (size_t)(places * part[i] * 4));
+    }
     for (int64_t row = 0; row < places; row++) error[row] = -INFINITY;
     for (int64_t row = 0; row < rows; row++) {
         float *here = values + row * dim;
@@ -74,17 +79,18 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
         for (int64_t i = 0; i < dim; i++)
             here[i] = kind == 1 ? 0.5f : kind == 2 && row % 2 ? 0 : uniform();
         if (kind == 3 && row % 3 == 0) continue; /* deleted */
-        const about made = code(here, dim, 4 * head, one);
+        const about made = code(here, dim, begins[FRONT], begins[BACK], one);
         scale[row] = made.scale, error[row] = made.error, norm[row] = made.norm;
-        tail_norm[row] = made.tail_norm;
-        for (int64_t i = 0; i < dim; i++)
-            if (i < 4 * head) codes[place_of(row, i, head)] = (uint8_t)(one[i] + 128);
-            else tail[place_of(row, i - 4 * head, rest)] = (uint8_t)(one[i] + 128);
+        for (int i = 0; i < 2; i++) beyond[i][row] = made.beyond[i];
+        for (int i = 0; i < PARTS; i++)
+            for (int64_t j = begins[i]; j < begins[i + 1] && j < dim; j++)
+                codes[i][place_of(row, j - begins[i], part[i])] = (uint8_t)(one[j] + 128);
     }
     int8_t *query_codes = room((size_t)(num_queries * words * 4));
     float *query_scale = room(sizeof(float) * (size_t)num_queries);
     float *query_error = room(sizeof(float) * (size_t)num_queries);
-    float *query_tail_norm = room(sizeof(float) * (size_t)num_queries);
+    float *query_beyond[2] = {room(sizeof(float) * (size_t)num_queries),
+                              room(sizeof(float) * (size_t)num_queries)};
     double *queries = room(sizeof(double) * (size_t)(num_queries * dim));
     double *query_norm = room(sizeof(double) * (size_t)num_queries);
     double *centre = room(sizeof(double) * (size_t)num_queries);
@@ -98,28 +104,40 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
             single[i] = (float)(single[i] / sqrt(length));
         }
         query_norm[query] = sqrt(length);
-        const about made = code(single, dim, 4 * head, query_codes + query * words * 4);
+        const about made =
+            code(single, dim, begins[FRONT], begins[BACK], query_codes + query * words * 4);
         query_scale[query] = made.scale, query_error[query] = made.error;
-        query_tail_norm[query] = made.tail_norm;
+        for (int i = 0; i < 2; i++) query_beyond[i][query] = made.beyond[i];
     }
-    /* For the heads of seven panels at a time; none where all is scanned at once. */
-    const int64_t size = split ? 7 * (PANEL + 1) * num_queries : 0;
-    int32_t *scratch = room(sizeof *scratch * (size_t)size);
+    const int64_t seven = 7; /* panels that there is room for at a time */
+    float *peaks = room(sizeof(float) * (size_t)(seven * QUARTERS * num_queries));
+    int32_t *dots = room(sizeof(int32_t) * (size_t)(num_queries == 1 ? seven * PANEL : 0));
+    uint8_t *kept = room((size_t)(num_queries == 1 ? seven : 0));
     int64_t *position = room(sizeof(int64_t) * (size_t)(num_queries * k)), count[4] = {0};
     double *score = room(sizeof(double) * (size_t)(num_queries * k));
     /* A shard of one panel, an empty one, and the rest. */
     const int64_t cut = panels > 0, at = cut * PANEL;
-    const tt_shard shards[3] = {
-        {codes, tail, scale, error, norm, tail_norm, cut, 0},
-        {codes, tail, scale, error, norm, tail_norm, 0, at},
-        {codes + at * head * 4, tail + at * rest * 4, scale + at, error + at, norm + at,
-         tail_norm + at, panels - cut, at},
-    };
+    tt_shard shards[3];
+    for (int i = 0; i < 3; i++) {
+        const int64_t first = i ? at : 0;
+        shards[i] = (tt_shard){
+            .scale = scale + first, .error = error + first, .norm = norm + first,
+            .beyond = {beyond[0] + first, beyond[1] + first}, .first = first,
+            .panels = i == 0 ? cut : i == 1 ? 0 : panels - cut};
+        for (int j = 0; j < PARTS; j++) shards[i].codes[j] = codes[j] + first * part[j] * 4;
+    }
     const tt_part parts[2] = {{values, 0, 0}, {values + rows / 2 * dim, rows / 2, 0}};
-    const tt_job job = {shards, parts, ids, rows > 0 ? 3 : 0, 2, dim, words, head, query_codes,
-                        query_scale, query_error, query_tail_norm, queries,
-                        query_norm, centre, num_queries, k, 1, threads, level, scratch, size,
-                        position, score, count};
+    const tt_job job = {.shards = shards, .parts = parts, .ids = ids,
+                        .num_shards = rows > 0 ? 3 : 0, .num_parts = 2, .dim = dim, .words = words,
+                        .part = {part[0], part[1], part[2]}, .stage = stage,
+                        .query_codes = query_codes, .query_scale = query_scale,
+                        .query_error = query_error,
+                        .query_beyond = {query_beyond[0], query_beyond[1]}, .queries = queries,
+                        .query_norm = query_norm, .query_centre = centre,
+                        .num_queries = num_queries, .k = k, .cosine = 1, .threads = threads,
+                        .level = level, .peaks = peaks, .dots = dots, .kept = kept,
+                        .num_peaks = seven * QUARTERS * num_queries, .position = position,
+                        .score = score, .count = count};
     int bad = tt_search(&job);
     for (int64_t query = 0; query < num_queries && !bad; query++) {
         int64_t alive = 0;
@@ -140,14 +158,16 @@ static int check(int64_t rows, int64_t dim, int64_t num_queries, int64_t k, int6
         for (int64_t i = 1; i < k && i < alive; i++)
             bad |= rounded(score[query * k + i - 1]) < rounded(score[query * k + i]);
     }
-    free(values), free(codes), free(scale), free(norm), free(error), free(ids), free(one);
+    for (int i = 0; i < PARTS; i++) free(codes[i]);
+    for (int i = 0; i < 2; i++) free(beyond[i]), free(query_beyond[i]);
+    free(values), free(scale), free(norm), free(error), free(ids), free(one);
     free(query_codes), free(query_scale), free(query_error), free(queries), free(query_norm);
-    free(centre), free(single), free(position), free(score), free(tail);
-    free(tail_norm), free(query_tail_norm), free(scratch);
+    free(centre), free(single), free(position), free(score), free(peaks), free(dots), free(kept);
     if (bad)
-        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld %d %d\n",
+        fprintf(stderr, "wrong: rows %ld dim %ld queries %ld k %ld level %ld threads %ld %d %d "
+                "%d\n",
                 (long)rows, (long)dim, (long)num_queries, (long)k, (long)level, (long)threads,
-                kind, split);
+                kind, split, stage);
     return bad;
 }
 
@@ -180,12 +200,13 @@ int main(void) {
     static const int64_t queries[] = {1, 6, 13}, ks[] = {1, 10, 100};
     int bad = check_turn(4, 1, 1, 1) | check_turn(8, 16, 20, 2) | check_turn(100, 33, 33, 3);
     for (int64_t level = 0; level <= tt_level(); level++)
-        for (int kind = 0; kind < 8; kind++)
+        for (int kind = 0; kind < 16; kind++)
             for (int r = 0; r < 6; r++)
                 for (int d = 0; d < 5; d++)
                     for (int q = 0; q < 3; q++)
                         bad |= check(rows[r], dims[d] > 7 && rows[r] > 65 && q ? 33 : dims[d],
                                      queries[q], ks[(r + d + q) % 3], level, 1 + (r + q) % 3,
-                                     kind % 4, kind / 4);
+                                     kind % 4, kind / 4 > 0,
+                                     kind / 4 > 1 ? kind / 4 - 2 : BY_ALL);
     return bad;
 }

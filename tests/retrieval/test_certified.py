@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,8 @@ from twotower.retrieval.certificate import CodedRows, Frame
 from twotower.retrieval.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
-from twotower.retrieval.native_scan import HeadExperience, NativeScan, rotate
+from twotower.retrieval.native import Scratch, Stage
+from twotower.retrieval.native_scan import NativeScan, StageExperience, rotate
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.tiers import Tier
 from twotower.settings import ConfigError
@@ -32,7 +32,7 @@ LENGTHS = {"denormal": (-40, -39), "tiny": (-44, 1), "huge": (-10, 36)}
 LEVELS = range(native.level() + 1)
 TIERS = [
     *(f"native {level}" for level in LEVELS),
-    *(f"native {level} heads" for level in LEVELS),
+    *(f"native {level} {stage}" for level in LEVELS for stage in ("head", "front", "split")),
     *("torch", "reference"),
 ]
 
@@ -63,31 +63,43 @@ def rows_of(kind: str, count: int, dim: int, rng: np.random.Generator) -> AnyFlo
 def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object) -> ExactIndex:
     """An index with the scan of `native <level>` or of another tier.
 
-    With `heads` it scans by short heads first, whatever their worth.
+    With `head` or `front` it reads these parts first, whatever that is worth, and codes have parts
+    with `split` too.
     """
     name, *details = tier.split()
     config = ExactConfig(tier=Tier[name], metric=metric, **options)  # type: ignore[arg-type]
     index = ExactIndex(config, dim)
     if details:
-        level, by_heads = int(details[0]), "heads" in details
-        index._scan = (HeadsFirst if by_heads else NativeScan)(index._rows, level)
+        level, *parts = details
+        stage = {"head": Stage.head, "front": Stage.front, "split": Stage.all}
+        index._scan = (
+            Staged(index._rows, int(level), stage[parts[0]])
+            if parts
+            else NativeScan(index._rows, int(level))
+        )
     return index
 
 
-class HeadsFirst(NativeScan):
-    """Begins with the heads at any number of rows, a few groups of panels at a time."""
+class Staged(NativeScan):
+    """Reads some parts before others at any number of rows, a few groups of panels at a time."""
 
-    def __init__(self, rows: Rows, level: int) -> None:
-        super().__init__(rows, level, tail_energy=1.0, head_rows=0)
-        self._experience = Eager()
+    def __init__(self, rows: Rows, level: int, stage: Stage) -> None:
+        super().__init__(rows, level, tail_energy=1.0, staged_rows=0)
+        self._experience = Settled(stage)
 
-    def _take_scratch(self, count: int) -> npt.NDArray[np.int32]:
-        return super()._take_scratch(count)[: native.HEAD_NUMBERS * count * 5]  # 5 panels
+    def _take_scratch(self, count: int) -> Scratch:
+        return Scratch.of(count, panels=5)
 
 
-class Eager(HeadExperience):
-    def ask(self, k: int, tail: float) -> bool:
-        return True
+class Settled(StageExperience):
+    """Always the same, and what it took."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def ask(self, count: int, k: int, tail: float) -> Stage:
+        return self.stage
 
 
 def assert_same(one: SearchResult, other: SearchResult) -> None:
@@ -181,9 +193,9 @@ def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
     rows, queries = rows_of(kind, 2500, 40, rng), rows_of(kind, 9, 40, rng)
     index = make(tier, 40)
     index.add(rows)
-    if "heads" in tier:
+    if len(tier.split()) == 3:
         assert index._scan is not None
-        assert index._scan.coded.store.head == 16
+        assert index._scan.coded.store.parts[0] == (0, 16)
     want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
     for count in (1, 2, 5):
         with num_threads(count):
@@ -199,8 +211,9 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     rows = rows_of(kind, 300, dim, rng)
     queries = unit_rows(rows_of("random", 20, dim, rng)).astype(np.float64)
     frame = Frame.of(np.tile(rows, (4, 1)) if split else rows[:50], tail_energy=split or None)
-    head = frame.head
+    head, back = frame.head, frame.back
     assert head == (16 if split else dim)
+    assert 32 <= back <= dim if split else back == dim
     parts = [coded for _, coded in frame.code_rows(rows)]
     coded = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     asked = frame.code_rotated(frame.rotate(queries))
@@ -211,7 +224,10 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     middle = says.astype(np.float32) * asked.scale[:, None] * coded.scale
     width = asked.error[:, None] * coded.norm + coded.error
     outside = width + asked.tail_norm[:, None] * coded.tail_norm
-    upper, lower = middle + outside, middle - outside
+    stages = [(middle, outside)]
+    both = says + codes[:, head:back] @ others[:, head:back].T
+    middle = both.astype(np.float32) * asked.scale[:, None] * coded.scale
+    stages.append((middle, width + asked.back_norm[:, None] * coded.back_norm))
     both = says + codes[:, head:] @ others[:, head:].T
     middle = both.astype(np.float32) * asked.scale[:, None] * coded.scale
     true = queries @ rows.astype(np.float64).T
@@ -220,24 +236,27 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     ties = 2.0**-23 * np.abs(true) + 1e-15 * (length + np.linalg.norm(frame.centre))
     assert (centred + ties <= (middle + width)).all()
     assert (centred - ties >= (middle - width)).all()
-    assert (centred <= upper).all()
-    assert (centred >= lower).all()
+    for middle_so_far, outside in stages:
+        assert (centred <= middle_so_far + outside).all()
+        assert (centred >= middle_so_far - outside).all()
     assert np.isfinite(middle + width).all()
     if kind in ("random", "clip") and dim >= 64:
         moved = np.linalg.norm(rows - frame.centre, axis=1)
         assert (coded.error < 0.02 * moved).all()  # and are tight enough to be of use
 
 
-@pytest.mark.parametrize(("packed", "head"), [(True, 13), (True, 8), (False, 13)])
-def test_codes_are_read_as_they_were_written(packed: bool, head: int) -> None:
+@pytest.mark.parametrize(
+    ("packed", "head", "back"), [(True, 13, 13), (True, 8, 13), (True, 4, 8), (False, 13, 13)]
+)
+def test_codes_are_read_as_they_were_written(packed: bool, head: int, back: int) -> None:
     rng = np.random.default_rng(0)
     store = CodeStore(13, packed, shard_rows=192)
-    store.split(head)
+    store.split(head, back)
     parts = []
     for count in (1, 5, 63, 64, 200, 0, 1, 900):
-        columns = [rng.random(count).astype(np.float32) for _ in range(4)]
+        columns = [rng.random(count).astype(np.float32) for _ in range(5)]
         if head == 13:
-            columns[3][:] = 0
+            columns[3][:] = columns[4][:] = 0
         codes = rng.integers(-127, 128, (count, 13)).astype(np.int8)
         parts.append(CodedRows(codes, *columns))
         store.append(parts[-1])
@@ -363,50 +382,70 @@ def test_few_rows_are_scored_exactly() -> None:
     parts = [(part.start, part.rows) for part in index._rows.parts]
     arguments = (scan.coded.store.shards, parts, index._rows.ids.array, coded, 10)
     options = {"cosine": True, "threads": 1, "level": native.level()}
-    found = native.search(*arguments, **options, scratch=np.empty(0, np.int32))
-    assert 10 <= found.reranked / 50 < 80
+    found = native.search(*arguments, **options, stage=Stage.all, scratch=Scratch.of(0, 0))
+    assert 10 <= found.reranked / 50 < 100
     assert found.collected / 50 < 1500
 
 
-def test_a_search_by_heads_opens_few_panels() -> None:
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize(("stage", "most"), [("head", 0.65), ("front", 0.9)])
+def test_a_search_in_stages_reads_few_of_the_codes(
+    stage: str, most: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     spectrum = 1 / np.arange(1, 65, dtype=np.float32)
     centres = rng.standard_normal((400, 64)).astype(np.float32) * spectrum
     noise = rng.standard_normal((20_000, 64)).astype(np.float32) * spectrum
     rows = unit_rows(centres[rng.integers(0, 400, 20_000)] + 0.3 * noise)
-    index = make("native 0 heads", 64)
+    index = make(f"native {native.level()} {stage}", 64)
     index.add(rows)
     scan = index._scan
     assert isinstance(scan, NativeScan)
-    assert 0 < scan.coded.store.head < 64
-    experience = scan._experience
-    seen: list[float] = []
-    experience.learn = lambda k, tail, opened: seen.append(opened)  # type: ignore[method-assign]
-    index.search(rows[:3], 10)
+    assert scan.coded.store.parts == [(0, 16), (16, 32), (32, 64)]
+    seen: list[float | None] = []
+    search = native.search
+
+    def watched(*arguments: Any, **options: Any) -> native.Found:
+        found = search(*arguments, **options)
+        seen.append(found.read)
+        return found
+
+    monkeypatch.setattr(native, "search", watched)
+    found = index.search(rows[:count], 10)
+    assert_same(found, brute_force(rows, np.arange(20_000), rows[:count], 10, Metric.cosine))
     assert len(seen) == 1
-    assert seen[0] < 0.5
-    index.search(rows[:7], 10)  # too many queries
-    assert len(seen) == 1
+    assert seen[0] is not None
+    assert 0.25 < seen[0] < most
 
 
-def test_heads_come_first_where_that_has_helped() -> None:
-    experience = HeadExperience()
-    for _ in range(5):
-        assert experience.ask(10, 0.2)  # nothing is known
-    for _ in range(4):
-        experience.learn(10, 0.2, 0.05)
-        experience.learn(10, 0.5, 1.0)
-    assert experience.ask(10, 0.21)
-    asked = [experience.ask(10, 0.49) for _ in range(64)]
-    assert sum(asked) == 2  # now and then it looks whether that has changed
-    assert experience.ask(100, 0.49)
+def test_what_was_fastest_for_searches_like_it_is_done_again() -> None:
+    experience = StageExperience()
+    seconds = {Stage.head: (0.1, 0.9), Stage.front: (0.3, 0.8), Stage.all: (0.5, 0.5)}
+    tried = []
+    for tail in (0.2, 0.5):
+        for _ in range(9):
+            stage = experience.ask(1, 10, tail)
+            experience.learn(1, 10, tail, stage, seconds[stage][tail == 0.5])
+            tried.append(stage)
+    assert {stage: tried[:9].count(stage) for stage in Stage} == dict.fromkeys(Stage, 3)
+    for stage in Stage:
+        for _ in range(3):
+            experience.learn(1, 10, 0.5, stage, seconds[stage][1])
+    assert experience.ask(1, 10, 0.21) is Stage.head
+    asked = [experience.ask(1, 10, 0.49) for _ in range(96)]
+    assert asked.count(Stage.all) >= 94  # now and then it looks whether that has changed
+    assert set(asked) == set(Stage)
+    assert experience.ask(1, 100, 0.49) is Stage.head  # of which nothing is known
+    assert experience.ask(2, 10, 0.49) is Stage.head
 
 
 @pytest.mark.parametrize("dims", [(1,), (7, 6), (64,), (33, 40)])
 def test_queries_are_rotated_as_rows_are(dims: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     blocks = [rng.standard_normal((dim, dim)).astype(np.float32) for dim in dims]
-    frame = Frame.of_parts(np.zeros(sum(dims), np.float32), rng.permutation(sum(dims)), blocks, 1)
+    frame = Frame.of_parts(
+        np.zeros(sum(dims), np.float32), rng.permutation(sum(dims)), blocks, 1, 1
+    )
     for count in (1, 4, 6, 70):
         queries = rng.standard_normal((count, sum(dims)))
         for how in (rotate, torch_scan.rotate):

@@ -12,7 +12,9 @@ assumed of either: R is orthogonal only up to rounding, and by how much is measu
 Where few directions hold most of the energy, R brings these first, the head (principal components,
 mixed at random among themselves), and the others, the tail, behind them; codes of the head stand
 for 2 s p, as its values are larger. Then q.x - q.centre is at most |tail of R q| |tail of
-R (x - centre)| from what the head alone says, and a scan need not read the tails of most rows.
+R (x - centre)| from what the head alone says, and a scan need not read the tails of most rows. The
+tail has a front, directions of more energy, and a back: with the front read, the same holds of the
+backs.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ CHUNK = 2048  # rows quantised at a time: 8 MB in fp64 at 512 dimensions
 CENTRE_ROWS = 65_536  # rows that the centre is the mean of
 SEED = 20_240_607
 TAIL_ENERGY = 0.17  # of all energy, at most; less makes the bound tighter and the head longer
+BACK_ENERGY = 0.4  # of the tail's, at most
 HEAD_STEP = 16  # dimensions
 HEAD_SCALE = 2  # scan.c shifts by two bits: twice for rows and for queries
 LONGEST_HEAD = 0.5  # of all dimensions: beyond, too little is left to be saved
@@ -48,7 +51,8 @@ SMALLEST = 2.0**-100  # below it scales are 0: no fp32 product may lose bits to 
 class CodedRows(NamedTuple):
     """Codes (n, dim), and scale, error and norm (n,) of each row, in fp32.
 
-    `norm` is that of all codes, `tail_norm` (n,) that of the tail before it was coded.
+    `norm` is that of all codes, `tail_norm` and `back_norm` (n,) those of the tail and of its back
+    before they were coded.
     """
 
     codes: Codes
@@ -56,6 +60,7 @@ class CodedRows(NamedTuple):
     error: FloatArray
     norm: FloatArray
     tail_norm: FloatArray
+    back_norm: FloatArray
 
     def part(self, start: int, stop: int) -> CodedRows:
         """Some of them."""
@@ -63,26 +68,29 @@ class CodedRows(NamedTuple):
 
 
 class QueryCodes(NamedTuple):
-    """Codes (Q, dim), scales, errors, and norms of the tail (Q,) of unit queries."""
+    """Codes (Q, dim), scales, errors, and norms of tail and back (Q,) of unit queries."""
 
     codes: Codes
     scale: FloatArray
     error: FloatArray
     tail_norm: FloatArray
+    back_norm: FloatArray
 
 
 @dataclass(frozen=True)
 class Frame:
     """The centre (dim,) and the rotation: an order of dimensions, and a matrix a block of them.
 
-    `head` is the number of dimensions before the tail: all of them where there is none. `slack`
-    bounds by how much a score changes because the matrices are orthogonal but for rounding.
+    `head` is the number of dimensions before the tail: all of them where there is none. `back` is
+    the number before the tail's back. `slack` bounds by how much a score changes because the
+    matrices are orthogonal but for rounding.
     """
 
     centre: Float64Array
     order: IdArray
     blocks: tuple[FloatArray, ...]
     head: int
+    back: int
     slack: float
 
     @classmethod
@@ -98,26 +106,27 @@ class Frame:
         rng = np.random.default_rng(seed)
         dim = rows.shape[1]
         if tail_energy is not None and dim <= LARGEST_DIM and len(rows) >= 4 * dim:
-            axes, head = principal_axes(rows, centre, tail_energy)
+            axes, head, back = principal_axes(rows, centre, tail_energy)
             if head:
                 mixed = [
                     _orthogonal(rng, len(part)).astype(np.float64) @ part
-                    for part in (axes[:head], axes[head:])
+                    for part in np.split(axes, [head, back])
+                    if len(part)
                 ]
                 block = np.concatenate(mixed).astype(np.float32)
-                return cls.of_parts(centre, np.arange(dim), [block], head)
+                return cls.of_parts(centre, np.arange(dim), [block], head, back)
         order = rng.permutation(dim)
         edges = np.linspace(0, dim, -(-dim // BLOCK) + 1).astype(int)
         blocks = [_orthogonal(rng, size) for size in np.diff(edges)]
-        return cls.of_parts(centre, order, blocks, dim)
+        return cls.of_parts(centre, order, blocks, dim, dim)
 
     @classmethod
     def of_parts(
-        cls, centre: FloatArray, order: IdArray, blocks: Sequence[FloatArray], head: int
+        cls, centre: FloatArray, order: IdArray, blocks: Sequence[FloatArray], head: int, back: int
     ) -> Frame:
         """The frame that has these parts, all of them as a file keeps them."""
         slack = max(_distance_from_orthogonal(block) for block in blocks)
-        return cls(centre.astype(np.float64), order, tuple(blocks), head, slack)
+        return cls(centre.astype(np.float64), order, tuple(blocks), head, back, slack)
 
     @cached_property
     def columns(self) -> tuple[FloatArray, ...]:
@@ -139,13 +148,14 @@ class Frame:
             yield start, self._code(rows[start : start + CHUNK].astype(np.float64))
 
     def _code(self, rows: Float64Array) -> CodedRows:
-        length = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        length = _norms(rows)
         rows -= self.centre
-        moved = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        moved = _norms(rows)
         made = self._quantise(self.rotate(rows))
         error, norm = made.error, made.norm
         error = error + self.slack * (error + moved) + ARITHMETIC * (norm + error + moved + length)
-        return CodedRows(made.codes, made.scale, _above(error), _above(norm), made.tail_norm)
+        bounds = _above(error), _above(norm), made.tail_norm, made.back_norm
+        return CodedRows(made.codes, made.scale, *bounds)
 
     def code_rotated(self, rotated: Float64Array) -> QueryCodes:
         """Codes (Q, dim), scales t, errors |u| and so on (Q,) of rotated queries of unit norm.
@@ -153,32 +163,33 @@ class Frame:
         `rotated` is overwritten.
         """
         made = self._quantise(rotated)
-        return QueryCodes(made.codes, made.scale, _above(made.error), made.tail_norm)
+        bounds = _above(made.error), made.tail_norm, made.back_norm
+        return QueryCodes(made.codes, made.scale, *bounds)
 
     def _quantise(self, rotated: Float64Array) -> _Quantised:
         """Codes, the head's at twice the scale; `rotated` is overwritten."""
         steps = np.ones(rotated.shape[1])
         if self.head < len(steps):
             steps[: self.head] = HEAD_SCALE
-        tail = rotated[:, self.head :]
-        tail_norm = np.sqrt(np.einsum("nd,nd->n", tail, tail))
-        return _Quantised(*quantise(rotated, steps), _above(tail_norm))
+        beyond = [_above(_norms(rotated[:, start:])) for start in (self.head, self.back)]
+        return _Quantised(*quantise(rotated, steps), *beyond)
 
 
 class _Quantised(NamedTuple):
-    """Codes, scales, norms of what is lost and of what is kept, and of the tail."""
+    """Codes, scales, norms of what is lost and of what is kept, of the tail and of its back."""
 
     codes: Codes
     scale: FloatArray
     error: Float64Array
     norm: Float64Array
     tail_norm: FloatArray
+    back_norm: FloatArray
 
 
 def principal_axes(
     rows: AnyFloatArray, centre: FloatArray, tail_energy: float
-) -> tuple[Float64Array, int]:
-    """The principal axes (dim, dim) of rows, a row each, and how many of them make the head.
+) -> tuple[Float64Array, int, int]:
+    """The principal axes (dim, dim) of rows, a row each, and how many come before tail and back.
 
     Taken from 16 rows a dimension. The head is 0 where too many axes hold energy.
     """
@@ -187,10 +198,19 @@ def principal_axes(
     energy, axes = np.linalg.eigh(some.T @ some)  # ascending
     energy = np.maximum(energy[::-1], 0)
     left = 1 - np.cumsum(energy) / max(energy.sum(), SMALLEST)
-    for head in range(HEAD_STEP, int(dim * LONGEST_HEAD) + 1, HEAD_STEP):
-        if left[head - 1] <= tail_energy:
-            return axes.T[::-1], head
-    return axes.T[::-1], 0
+    steps = range(HEAD_STEP, dim, HEAD_STEP)
+    tails = (place for place in steps if left[place - 1] <= tail_energy)
+    backs = (place for place in steps if left[place - 1] <= BACK_ENERGY * tail_energy)
+    head, back = next(tails, dim), next(backs, dim)
+    if head > int(dim * LONGEST_HEAD):
+        return axes.T[::-1], 0, dim
+    return axes.T[::-1], head, max(back, head + HEAD_STEP) if back < dim else dim
+
+
+def _norms(vectors: Float64Array) -> Float64Array:
+    """Of each of (n, dim)."""
+    norms: Float64Array = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    return norms
 
 
 def _above(values: Float64Array) -> FloatArray:
@@ -213,9 +233,9 @@ def quantise(
     codes = near.astype(np.int8)
     near *= steps
     near *= wide[:, None]
-    norm = np.sqrt(np.einsum("nd,nd->n", near, near))
+    norm = _norms(near)
     values -= near
-    return codes, scale, np.sqrt(np.einsum("nd,nd->n", values, values)), norm
+    return codes, scale, _norms(values), norm
 
 
 def _orthogonal(rng: np.random.Generator, size: int) -> FloatArray:

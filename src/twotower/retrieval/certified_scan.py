@@ -36,7 +36,7 @@ class Coded:
 
     def _use(self, frame: Frame) -> None:
         self.frame = frame
-        self.store.split(frame.head)
+        self.store.split(frame.head, frame.back)
 
     def arrays(self, kept: npt.NDArray[np.bool_]) -> dict[str, Stream]:
         """Codes and frame as a file holds them, of the positions of a mask (N,)."""
@@ -44,7 +44,7 @@ class Coded:
             return {}
         frame: dict[str, Array] = {
             "centre": self.frame.centre.astype(np.float32),
-            "head": np.array([self.frame.head]),
+            "head": np.array([self.frame.head, self.frame.back]),
             "order": self.frame.order,
             **{f"rotation.{i:03d}": block for i, block in enumerate(self.frame.blocks)},
         }
@@ -64,13 +64,13 @@ class Coded:
 
     def take(self, arrays: Mapping[str, Array]) -> bool:
         """Take over what `arrays` gave; False where there is nothing that this scan can use."""
-        if "codes" not in arrays:
+        if not {"centre", *CodedRows._fields} <= set(arrays):
             return False
         blocks = [np.array(arrays[name]) for name in sorted(arrays) if name.startswith("rotation.")]
         centre, order, head = (np.array(arrays[name]) for name in ("centre", "order", "head"))
         if int(head[0]) < len(order) and not self.store.packed:
             return False  # only the C scan can do with a tail
-        self._use(Frame.of_parts(centre, order, blocks, int(head[0])))
+        self._use(Frame.of_parts(centre, order, blocks, *head.tolist()))
         rows = CodedRows(*(arrays[name] for name in CodedRows._fields))
         for start in range(0, len(rows.scale), WRITE_ROWS):
             self.store.reserve(len(rows.scale) - start)
@@ -92,7 +92,7 @@ class Coded:
         padded[:, : coded.codes.shape[1]] = coded.codes
         centre = np.einsum("qd,d->q", unit, self.frame.centre)
         coded = coded._replace(codes=padded)
-        return native.CodedQueries(queries, norm, centre, coded, self.store.head)
+        return native.CodedQueries(queries, norm, centre, coded, self.store.parts)
 
 
 class CodedScan:

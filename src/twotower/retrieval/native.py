@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import logging
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
@@ -13,26 +14,52 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from twotower.retrieval.certificate import Float64Array, QueryCodes
-from twotower.retrieval.codes import PANEL, Shard
+from twotower.retrieval.certificate import CodedRows, Float64Array, QueryCodes
+from twotower.retrieval.codes import PANEL, Bytes, Shard, huge_pages
 from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
 
 log = logging.getLogger(__name__)
 
-HEAD_QUERIES = 6  # TILE of scan.c: so many queries, at most, are scanned by their heads first
-HEAD_NUMBERS = 65  # that are then kept of a panel and query
+PEAKS = 4  # numbers that are kept of a panel and query where not all is read at once
+DOTS = 64  # and of a panel where there is one query
 GROUP_BYTES = 1 << 23  # of codes that a thread takes at a time, at most
 TURNED = 4  # vectors that are rotated at once
 
 
+class Stage(enum.IntEnum):
+    """What is read of the codes of all rows."""
+
+    head = 0
+    front = 1  # and the head
+    all = 2
+
+
+class Scratch(NamedTuple):
+    """Memory for what the first stage says: PEAKS a panel and query, DOTS a panel of one query.
+
+    It may be for fewer panels than there are, and for none if all codes are read at once.
+    """
+
+    peaks: FloatArray
+    dots: npt.NDArray[np.int32]
+    kept: Bytes
+
+    @classmethod
+    def of(cls, count: int, panels: int) -> Scratch:
+        """For so many queries and panels."""
+        single = panels if count == 1 else 0
+        peaks = huge_pages(4 * PEAKS * count * panels).view(np.float32)
+        return cls(peaks, huge_pages(4 * DOTS * single).view(np.int32), huge_pages(single))
+
+
 class _Shard(Structure):
     _fields_ = [
-        ("codes", c_void_p),
-        ("tail", c_void_p),
+        *((name, c_void_p) for name in ("head", "front", "back")),
         ("scale", c_void_p),
         ("error", c_void_p),
         ("norm", c_void_p),
         ("tail_norm", c_void_p),
+        ("back_norm", c_void_p),
         ("panels", c_int64),
         ("first", c_int64),
     ]
@@ -48,13 +75,13 @@ class _Job(Structure):
         ("parts", POINTER(_Part)),
         ("ids", c_void_p),
         *((name, c_int64) for name in ("num_shards", "num_parts", "dim", "words")),
-        ("head", c_int64),
+        *((name, c_int64) for name in ("head_words", "front_words", "back_words", "stage")),
         *((name, c_void_p) for name in ("query_codes", "query_scale", "query_error")),
-        ("query_tail_norm", c_void_p),
+        *((name, c_void_p) for name in ("query_tail_norm", "query_back_norm")),
         *((name, c_void_p) for name in ("queries", "query_norm", "query_centre")),
         *((name, c_int64) for name in ("num_queries", "k", "cosine", "threads", "level")),
-        ("said", c_void_p),
-        ("said_size", c_int64),
+        *((name, c_void_p) for name in ("peaks", "dots", "kept")),
+        ("num_peaks", c_int64),
         *((name, c_void_p) for name in ("position", "score", "count")),
     ]
 
@@ -62,27 +89,27 @@ class _Job(Structure):
 class CodedQueries(NamedTuple):
     """Queries (Q, dim) in fp64, their norms and products with the centre (Q,), and their codes.
 
-    The codes' width is that of the rows, and the head's as many dimensions.
+    The codes' width is that of the rows, and so are their `parts`: head, front and back.
     """
 
     queries: Float64Array
     norm: Float64Array
     centre: Float64Array
     coded: QueryCodes
-    head: int
+    parts: Sequence[tuple[int, int]]
 
 
 class Found(NamedTuple):
     """Positions (Q, k) of the best rows, -1 beyond them, their scores, and the work it took.
 
-    `opened` is the share of panels that had to be read beyond their heads, where these came first.
+    `read` is the share of the codes that was read, where that was not done at once.
     """
 
     position: IdArray
     score: Float64Array
     collected: int
     reranked: int
-    opened: float | None = None
+    read: float | None = None
 
 
 @cache
@@ -150,11 +177,12 @@ def search(
     cosine: bool,
     threads: int,
     level: int,
-    scratch: npt.NDArray[np.int32],
+    stage: Stage,
+    scratch: Scratch,
 ) -> Found:
     """The best k rows of each query; `parts` are rows, fp32 or fp16, with the first's position.
 
-    `scratch` is what a few queries need to be scanned by their heads first; it may be empty.
+    `scratch` is what it takes to read some parts of the codes before others.
 
     Raises:
         MemoryError: there was not enough memory for the candidates.
@@ -171,21 +199,24 @@ def search(
             (_Part * len(parts))(*(_part(first, rows) for first, rows in parts)),
             _pointer(ids),
             *(len(shards), len(parts), queries.queries.shape[1]),
-            *(queries.coded.codes.shape[1] // 4, queries.head // 4),
+            queries.coded.codes.shape[1] // 4,
+            *(*((stop - start) // 4 for start, stop in queries.parts), stage),
             *(_pointer(array) for array in (*queries.coded, *wide)),
             *(len(queries.queries), k, cosine, threads, level),
-            *(_pointer(scratch), scratch.size),
+            *(_pointer(scratch.peaks), _pointer(scratch.dots), _pointer(scratch.kept)),
+            scratch.peaks.size,
             *(_pointer(array) for array in (position, score, count)),
         )
         if loaded.tt_search(ctypes.byref(job)):
             raise MemoryError("no memory for the candidates of an exact search")
-    opened = float(count[3] / count[2]) if count[2] else None
-    return Found(position, score, int(count[0]), int(count[1]), opened)
+    read = 1 - float(count[3] / count[2]) if count[2] else None
+    return Found(position, score, int(count[0]), int(count[1]), read)
 
 
 def _shard(shard: Shard) -> _Shard:
-    columns = (shard.codes, shard.tail, shard.scale, shard.error, shard.norm, shard.tail_norm)
-    return _Shard(*map(_pointer, columns), -(-shard.used // PANEL), shard.first)
+    columns = (getattr(shard, name) for name in CodedRows._fields[1:])
+    places = map(_pointer, (*shard.codes, *columns))
+    return _Shard(*places, -(-shard.used // PANEL), shard.first)
 
 
 def _part(first: int, rows: AnyFloatArray) -> _Part:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+import statistics
+import time
+from collections import Counter, deque
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from twotower.config import Metric
@@ -13,43 +14,58 @@ from twotower.retrieval import native
 from twotower.retrieval.candidates import Best, Candidates
 from twotower.retrieval.certificate import TAIL_ENERGY, Float64Array, Frame
 from twotower.retrieval.certified_scan import CodedScan
-from twotower.retrieval.codes import huge_pages
+from twotower.retrieval.codes import PANEL
+from twotower.retrieval.native import DOTS, PEAKS, Scratch, Stage
 from twotower.retrieval.rows import Rows
 
 NATIVE_QUERIES = 512  # queries a call: what a thread keeps of them stays in the cache
 MOST_SCRATCH = 1 << 25  # numbers, 128 MB, kept between searches
-NOTHING = np.empty(0, np.int32)
-HEAD_ROWS = 1 << 18  # from so many rows on heads are worth a phase of their own
+NOTHING = Scratch.of(0, 0)
+STAGED_ROWS = 1 << 18  # from so many rows on stages are worth a phase of their own
 ROWS_A_RESULT = 256  # and from so many for each of the k results
-REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this k; those with the nearest tails decide
-EXPLORE = 32  # one search of so many begins with the heads all the same
-WORTH_WHILE = 0.55  # of the panels opened, at most: with more, all at once is faster
+MOST_RESULTS = 1 << 17  # of all queries, for each of which four rows are scored first
+REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this size; those with the nearest tails decide
+EXPLORE = 32  # one search of so many is done in the way that was asked least
 KEPT = 1 << 22  # lower bounds and candidates that all threads keep together, at most
 
 
-class HeadExperience:
-    """Whether queries are worth a scan by their heads first, as the searches before tell.
+class StageExperience:
+    """Which part of the codes is best read first, as the searches before tell by their time.
 
-    It depends on the query how many rows its head rules out: on most for a picture among pictures,
-    on none for a text, whose tail is longer. Results are the same either way.
+    It depends on the query how many rows its head rules out: most for a picture among pictures,
+    none for a text, whose tail is longer. And on the machine, on k and on the number of queries.
+    Results are the same either way.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, deque[tuple[float, float]]] = {}
-        self._asked = 0
+        self._known: dict[tuple[int, int, Stage], deque[tuple[float, float]]] = {}
+        self._asked: Counter[tuple[int, int]] = Counter()
 
-    def ask(self, k: int, tail: float) -> bool:
-        """Whether to begin with the heads, for queries whose tails are at most so long."""
-        known = list(self._known.get(k.bit_length(), ()))
-        self._asked += 1
-        if len(known) < NEIGHBOURS or self._asked % EXPLORE == 0:
-            return True
-        nearest = sorted(known, key=lambda entry: abs(entry[0] - tail))[:NEIGHBOURS]
-        return sum(opened for _, opened in nearest) < WORTH_WHILE * NEIGHBOURS
+    def ask(self, count: int, k: int, tail: float) -> Stage:
+        """What to read first for `count` queries whose tails are about so long."""
+        known = {stage: self._searches(count, k, stage) for stage in Stage}
+        size = (count.bit_length(), k.bit_length())
+        self._asked[size] += 1
+        rarest = min(Stage, key=lambda stage: len(known[stage]))
+        if len(known[rarest]) < NEIGHBOURS:
+            return rarest
+        if self._asked[size] % EXPLORE == 0:
+            return list(Stage)[self._asked[size] // EXPLORE % len(Stage)]
+        return min(Stage, key=lambda stage: self._time(known[stage], tail))
 
-    def learn(self, k: int, tail: float, opened: float) -> None:
-        """Note which share of the panels had to be read beyond their heads."""
-        self._known.setdefault(k.bit_length(), deque(maxlen=REMEMBERED)).append((tail, opened))
+    def _searches(self, count: int, k: int, stage: Stage) -> deque[tuple[float, float]]:
+        key = (count.bit_length(), k.bit_length(), stage)
+        return self._known.setdefault(key, deque(maxlen=REMEMBERED))
+
+    @staticmethod
+    def _time(known: deque[tuple[float, float]], tail: float) -> float:
+        """The median of those searches whose tails were most alike, the last ones of equals."""
+        nearest = sorted(reversed(known), key=lambda entry: abs(entry[0] - tail))[:NEIGHBOURS]
+        return statistics.median(seconds for _, seconds in nearest)
+
+    def learn(self, count: int, k: int, tail: float, stage: Stage, seconds: float) -> None:
+        """Note how long a query took."""
+        self._searches(count, k, stage).append((tail, seconds / count))
 
 
 def rotate(unit: Float64Array, frame: Frame) -> Float64Array:
@@ -65,42 +81,51 @@ class NativeScan(CodedScan):
         rows: Rows,
         level: int | None = None,
         tail_energy: float | None = TAIL_ENERGY,
-        head_rows: int = HEAD_ROWS,
+        staged_rows: int = STAGED_ROWS,
     ) -> None:
         super().__init__(rows, packed=True, tail_energy=tail_energy)
         self._level = native.level() if level is None else level
-        self._head_rows = head_rows
-        self._scratch: list[npt.NDArray[np.int32]] = []  # of searches that are over
-        self._experience = HeadExperience()
+        self._staged_rows = staged_rows
+        self._scratch: list[Scratch] = []  # of searches that are over
+        self._experience = StageExperience()
 
     def query_block(self, k: int) -> int:
         """Queries that are best searched at a time."""
         return max(1, min(NATIVE_QUERIES, KEPT // (k * torch.get_num_threads())))
 
-    def _take_scratch(self, count: int) -> npt.NDArray[np.int32]:
-        """Memory for what the heads say of `count` queries; that of a search before if it will do.
+    def _take_scratch(self, count: int) -> Scratch:
+        """Memory for the stages of `count` queries; that of a search before if it will do.
 
         Fresh pages for each search would cost as much as a tenth of it.
         """
         store = self.coded.store
         group = native.GROUP_BYTES // (64 * store.width) + 1  # a shard's last one is counted whole
-        panels = sum(len(shard.codes) + group for shard in store.shards)
-        wanted = min(native.HEAD_NUMBERS * count * panels, MOST_SCRATCH)
+        panels = sum(shard.places // PANEL + group for shard in store.shards)
+        panels = min(panels, MOST_SCRATCH // (PEAKS * count + DOTS * (count == 1)))
         try:
             last = self._scratch.pop()
         except IndexError:  # the first search, or another thread has it
-            return huge_pages(4 * wanted).view(np.int32)
-        return last if last.size >= wanted else huge_pages(4 * wanted).view(np.int32)
+            return Scratch.of(count, panels)
+        enough = last.peaks.size >= PEAKS * count * panels
+        enough &= count > 1 or last.dots.size * PEAKS >= last.peaks.size * DOTS
+        return last if enough else Scratch.of(count, panels)
+
+    def _may_stage(self, count: int, k: int) -> bool:
+        """Whether there are a tail, and rows enough."""
+        store, rows = self.coded.store, self._rows.size
+        few = count * k <= MOST_RESULTS
+        return (
+            store.head < store.width and few and rows >= max(self._staged_rows, ROWS_A_RESULT * k)
+        )
 
     def search(self, queries: Float64Array, k: int) -> Best:
         """The best k rows of queries (Q, dim), none of them zero, in fp64; k <= rows."""
+        started = time.perf_counter()
         coded = self.coded.queries(queries, rotate)
-        tail = float(coded.coded.tail_norm.max())
-        split = self.coded.store.head < self.coded.store.width
-        few = len(queries) <= native.HEAD_QUERIES
-        many = self._rows.size >= self._head_rows and self._rows.size >= ROWS_A_RESULT * k
-        by_heads = split and few and many and self._experience.ask(k, tail)
-        scratch = self._take_scratch(len(queries)) if by_heads else NOTHING
+        tail = float(coded.coded.tail_norm.mean())
+        choice = self._may_stage(len(queries), k)
+        stage = self._experience.ask(len(queries), k, tail) if choice else Stage.all
+        scratch = NOTHING if stage is Stage.all else self._take_scratch(len(queries))
         found = native.search(
             self.coded.store.shards,
             [(part.start, part.rows) for part in self._rows.parts],
@@ -110,10 +135,13 @@ class NativeScan(CodedScan):
             cosine=self._rows.metric is Metric.cosine,
             threads=torch.get_num_threads(),
             level=self._level,
+            stage=stage,
             scratch=scratch,
         )
-        if found.opened is not None:
-            self._experience.learn(k, tail, found.opened)
+        if choice:
+            seconds = time.perf_counter() - started
+            self._experience.learn(len(queries), k, tail, stage, seconds)
+        if scratch is not NOTHING:
             self._scratch = [scratch]
         query = np.repeat(np.arange(len(queries)), k)
         score = found.score.reshape(-1)

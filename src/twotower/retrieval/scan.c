@@ -7,18 +7,20 @@
  * t s (c.p) + w reaches the k-th best lower bound t s (c.p) - w. The scores that decide are summed
  * in fp64 in an order that only the dimension decides: the answer depends on nothing else.
  *
- * Codes lie in panels of 64 rows: [dim / 4][64][4] bytes, each p + 128.
+ * Codes lie in panels of 64 rows, a quarter of them together: [4][dim / 4][16][4] bytes, each
+ * p + 128.
  *
- * Where few dimensions hold most of the energy, the first `head` words are those dimensions, at
- * twice the scale (of rows and queries: four times in products), and the rest, the tail, lies in
- * panels elsewhere. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x| to what the
- * head says. A search of few queries, whose time is that of reading the codes, then has phases, if
- * it is given the memory for it:
- *   heads   what the head says of each row, and the best bound of each panel;
+ * Where few dimensions hold most of the energy, codes have three parts, in panels of their own: the
+ * head, which are those dimensions at twice the scale (of rows and queries: four times in products),
+ * and the tail's front and back. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x|
+ * to what the head says, and the back at most |back of q| |back of x| to what both say. So a search
+ * can rule out most rows before it has read their codes to the end, if queries are like few of them.
+ * It has phases then, if it is asked for them and given the memory:
+ *   first   the best bound of each quarter of a panel, by its head, or by head and front;
  *   seed    the rows that look best, scored, make a threshold;
- *   open    the tails of the panels whose bound reaches it;
+ *   open    what is left of the quarters whose bound reaches it, the front before the back;
  *   finish  what is left is re-ranked.
- * Else heads and tails are scanned together. */
+ * Else all parts are scanned together. */
 
 #include <float.h>
 #include <math.h>
@@ -28,14 +30,19 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "scan_heaps.h"
 #include "scan_kernels.h"
 
 #define MAX_THREADS 256
 #define GROUP_BYTES (256 * 1024) /* panels that stay in L2 while all queries pass over them */
 #define STREAM_BYTES (8 * 1024 * 1024)
-#define BROUGHT 1024 /* bytes of a row that are asked for before it is its turn */
+#define BROUGHT 2048 /* bytes of a row that are asked for before it is its turn */
 #define TURN_VECTORS 32 /* a thread rotates so many, at least */
-#define SEEDS(k) (4 * (k) + 24) /* rows that look best, of which the k best make a threshold */
+#define STREAMS QUARTERS /* places that one query reads from at once: one alone does not fill the
+                          * memory's channels */
+#define AHEAD 4 /* panels whose tails are asked for before it is their turn */
+#define ROWS_AHEAD 4 /* rows that are asked for before they are scored */
+#define SEEDS(k) (2 * (k) + 44) /* rows that look best, of which the k best make a threshold */
 
 typedef struct {
     const void *rows;
@@ -47,29 +54,22 @@ typedef struct {
     const tt_part *parts;
     const int64_t *ids;
     int64_t num_shards, num_parts, dim, words; /* words: dim padded to fours, in fours */
-    int64_t head;               /* words of the head: all, where there is no tail */
+    int64_t part[PARTS];        /* words of each part; all in the first where there is no tail */
+    int64_t stage;              /* what is read first: BY_HEAD, BY_FRONT, or BY_ALL at once */
     const int8_t *query_codes;  /* (Q, words, 4) */
-    const float *query_scale, *query_error, *query_tail_norm;
+    const float *query_scale, *query_error, *query_beyond[2];
     const double *queries;      /* (Q, dim) */
     const double *query_norm;   /* what a dot product is divided by for the unit query's score */
     const double *query_centre; /* unit query . centre */
     int64_t num_queries, k, cosine, threads, level;
-    int32_t *said; /* by heads: PANEL + 1 numbers a panel and query; as much as there is room for */
-    int64_t said_size;
+    float *peaks;  /* for that: QUARTERS numbers a panel and query; as much as there is room for */
+    int32_t *dots; /* and of one query PANEL numbers a panel, in the order of `peaks` */
+    uint8_t *kept; /* of which panels they are */
+    int64_t num_peaks;
     int64_t *position; /* (Q, k), -1 where there are fewer rows */
     double *score;     /* (Q, k) */
-    int64_t *count;    /* rows collected, rows re-ranked, panels scanned by heads, those opened */
+    int64_t *count;    /* rows collected, rows re-ranked; by heads, words of quarters, those spared */
 } tt_job;
-
-typedef struct {
-    double score, unit;
-    int64_t id, position;
-} exact;
-
-typedef struct {
-    int64_t position;
-    float upper;
-} candidate;
 
 typedef struct { /* one query in one thread */
     float *heap; /* the k best lower bounds, the least first */
@@ -84,8 +84,6 @@ typedef struct { /* one query in one thread */
 typedef struct { /* what all threads know of a search */
     int64_t group, groups;    /* panels of a group; groups of all shards */
     int64_t first_group, end; /* groups of this phase */
-    int32_t *dots;            /* by heads, (panels from first_group on, Q, 64) */
-    float *peaks;             /* best bounds, (panels from first_group on, Q) */
 } plan;
 
 typedef struct {
@@ -96,26 +94,12 @@ typedef struct {
     _Atomic int64_t *next;   /* group of panels, then query, that is taken next */
     _Atomic uint32_t *shared; /* thresholds of all threads, as ordered integers */
     query_state *const *all; /* states of each thread */
-    int64_t num_threads, collected, reranked, opened;
+    int64_t num_threads, collected, reranked, spared;
     kernels does;
     int failed;
 } worker;
 
 /* ---- what a thread keeps of a query --------------------------------------------------------- */
-
-/* Floats as integers of the same order, so that threads can share the largest. */
-static uint32_t ordered(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-static float unordered(uint32_t bits) {
-    float value;
-    bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 static void raise_threshold(worker *self, int64_t query, float value) {
     query_state *state = self->states + query;
@@ -127,19 +111,6 @@ static void raise_threshold(worker *self, int64_t query, float value) {
            !atomic_compare_exchange_weak_explicit(self->shared + query, &seen, bits,
                                                   memory_order_relaxed, memory_order_relaxed)) {
     }
-}
-
-static void sift_down(float *heap, int64_t size, float value) {
-    int64_t place = 0;
-    for (;;) {
-        int64_t child = 2 * place + 1;
-        if (child >= size) break;
-        if (child + 1 < size && heap[child + 1] < heap[child]) child++;
-        if (heap[child] >= value) break;
-        heap[place] = heap[child];
-        place = child;
-    }
-    heap[place] = value;
 }
 
 static void keep_lower(worker *self, int64_t query, float lower) {
@@ -158,44 +129,6 @@ static void keep_lower(worker *self, int64_t query, float lower) {
         sift_down(state->heap, k, lower);
     }
     raise_threshold(self, query, state->heap[0]);
-}
-
-/* fp64 rounded as fp32 rounds, half to even, but without its limits: scores that a user sees as
- * equal are ranked by id. The same as `round_to_24_bits` in candidates.py. */
-static double rounded(double value) {
-    int64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    bits = (bits + (((int64_t)1 << 28) - 1 + ((bits >> 29) & 1))) & ~(((int64_t)1 << 29) - 1);
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static int worse(const exact *one, const exact *other) {
-    const double a = rounded(one->score), b = rounded(other->score);
-    return a != b ? a < b : one->id > other->id;
-}
-
-static void keep_exact(exact *best, int64_t *count, int64_t k, exact entry) {
-    int64_t place;
-    if (*count < k) {
-        place = (*count)++;
-        while (place && worse(&entry, &best[(place - 1) / 2])) {
-            best[place] = best[(place - 1) / 2];
-            place = (place - 1) / 2;
-        }
-        best[place] = entry;
-        return;
-    }
-    if (!worse(&best[0], &entry)) return;
-    for (place = 0;;) {
-        int64_t child = 2 * place + 1;
-        if (child >= k) break;
-        if (child + 1 < k && worse(&best[child + 1], &best[child])) child++;
-        if (!worse(&best[child], &entry)) break;
-        best[place] = best[child];
-        place = child;
-    }
-    best[place] = entry;
 }
 
 static const void *row_at(const tt_job *job, int64_t position, int64_t *half) {
@@ -227,36 +160,6 @@ static void raise_to_score(worker *self, int64_t query, double unit) {
     raise_threshold(self, query, nextafterf(nextafterf(least, -FLT_MAX), -FLT_MAX));
 }
 
-static int before(candidate one, candidate other) {
-    return one.upper != other.upper ? one.upper > other.upper : one.position < other.position;
-}
-
-/* Let a candidate sink to its place in a heap, the best first. */
-static void sink(candidate *heap, int64_t place, int64_t size, candidate entry) {
-    for (;;) {
-        int64_t child = 2 * place + 1;
-        if (child >= size) break;
-        if (child + 1 < size && before(heap[child + 1], heap[child])) child++;
-        if (!before(heap[child], entry)) break;
-        heap[place] = heap[child];
-        place = child;
-    }
-    heap[place] = entry;
-}
-
-static void make_heap(candidate *found, int64_t count) {
-    for (int64_t place = count / 2 - 1; place >= 0; place--)
-        sink(found, place, count, found[place]);
-}
-
-/* The best of a heap, which is smaller by it then. */
-static candidate take_best(candidate *heap, int64_t *count) {
-    const candidate best = heap[0];
-    --*count;
-    if (*count) sink(heap, 0, *count, heap[*count]);
-    return best;
-}
-
 /* Begin to read a row that is scored soon; the processor reads on by itself. */
 static void bring_row(const tt_job *job, int64_t position) {
     int64_t half;
@@ -265,15 +168,36 @@ static void bring_row(const tt_job *job, int64_t position) {
     for (int64_t at = 0; at < bytes && at < BROUGHT; at += 64) __builtin_prefetch(row + at);
 }
 
+typedef struct { /* candidates in order, a few of whose rows are on their way already */
+    candidate *heap, coming[ROWS_AHEAD];
+    int64_t in_heap, taken, given;
+} lineup;
+
+static lineup line_up(candidate *found, int64_t count) {
+    make_heap(found, count);
+    return (lineup){.heap = found, .in_heap = count};
+}
+
+/* The next one; whether there is one. */
+static int take_next(const tt_job *job, lineup *all, candidate *next) {
+    while (all->in_heap && all->taken < all->given + ROWS_AHEAD) {
+        candidate *const last = all->coming + all->taken++ % ROWS_AHEAD;
+        *last = take_best(all->heap, &all->in_heap);
+        bring_row(job, last->position);
+    }
+    if (all->given == all->taken) return 0;
+    *next = all->coming[all->given++ % ROWS_AHEAD];
+    return 1;
+}
+
 /* Score candidates by descending bound until none can be among the best k. */
 static void rerank(worker *self, int64_t query, candidate *found, int64_t count, exact *best,
                    int64_t *num_best) {
     const tt_job *job = self->job;
     const double centre = job->query_centre[query];
-    make_heap(found, count);
-    while (count) {
-        const candidate next = take_best(found, &count);
-        if (count) bring_row(job, found[0].position);
+    lineup all = line_up(found, count);
+    candidate next;
+    while (take_next(job, &all, &next)) {
         if (*num_best == job->k && centre + next.upper < best[0].unit) break;
         keep_exact(best, num_best, job->k, score_of(self, query, next.position));
     }
@@ -298,14 +222,20 @@ static void settle(worker *self, int64_t query) {
     if (state->num_best == self->job->k) raise_to_score(self, query, state->best[0].unit);
 }
 
-static void collect(worker *self, int64_t query, int64_t position, const bounds *of) {
+/* Take rows that reach the threshold by all of their codes: those of a mask, from place `at` on. */
+static void collect(worker *self, const tt_shard *shard, int64_t at, int64_t query,
+                    const int32_t *dots, uint64_t rows) {
     query_state *state = self->states + query;
-    for (int row = 0; row < PANEL; row++) {
-        if (!(of->upper[row] >= state->asked.threshold)) continue;
+    for (; rows; rows &= rows - 1) {
+        const int row = __builtin_ctzll(rows);
+        const int32_t dot = dots[row] - state->asked.correction[BY_ALL];
+        const float middle = middle_of(dot, shard, at + row, &state->asked);
+        const float width = width_of(shard, at + row, &state->asked);
+        if (!(middle + width >= state->asked.threshold)) continue; /* it has risen */
         if (state->num_found == state->room) settle(self, query);
-        state->found[state->num_found++] = (candidate){position + row, of->upper[row]};
+        state->found[state->num_found++] = (candidate){shard->first + at + row, middle + width};
         self->collected++;
-        keep_lower(self, query, of->lower[row]);
+        keep_lower(self, query, middle - width);
     }
 }
 
@@ -325,6 +255,8 @@ static void heed_others(worker *self, int64_t query) {
     if (others > state->asked.threshold) state->asked.threshold = others;
 }
 
+static int64_t num_tiles(const tt_job *job) { return (job->num_queries + TILE - 1) / TILE; }
+
 /* Tiles of even width: 16 queries are 6, 5 and 5. While they pass over a group of panels, which
  * lies in the cache, each of the first four brings a share of the next group. */
 static tile make_tile(worker *self, int64_t number, int64_t tiles) {
@@ -341,58 +273,179 @@ static tile make_tile(worker *self, int64_t number, int64_t tiles) {
     return made;
 }
 
-static int64_t head_bytes(const tt_job *job) { return job->head * 4 * PANEL; }
-
-static int64_t tail_bytes(const tt_job *job) { return (job->words - job->head) * 4 * PANEL; }
-
-static tt_panel head_of(const tt_job *job, const tt_shard *shard, int64_t panel) {
-    return (tt_panel){.codes = shard->codes + panel * head_bytes(job), .words = job->head};
+/* A part of the codes of a quarter. */
+static const uint8_t *quarter_at(const tt_job *job, const tt_shard *shard, int64_t panel,
+                                 int quarter, int part) {
+    return shard->codes[part] + (panel * QUARTERS + quarter) * job->part[part] * LINE;
 }
 
-static tt_panel tail_of(const tt_job *job, const tt_shard *shard, int64_t panel) {
-    return (tt_panel){.codes = shard->tail + panel * tail_bytes(job),
-                      .words = job->words - job->head};
+/* Parts of a panel's codes, from one to another. */
+static void parts_of(const tt_job *job, const tt_shard *shard, int64_t panel, int from, int to,
+                     tt_panel *made) {
+    for (int part = from; part <= to; part++, made++) {
+        *made = (tt_panel){.words = job->part[part]};
+        for (int i = 0; i < QUARTERS; i++)
+            made->quarters[i] = quarter_at(job, shard, panel, i, part);
+    }
 }
 
-static void note_bounds(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
-                        const int32_t *dots, const int32_t *tails) {
-    bounds of;
-    if (self->does.bounds(dots, tails, shard, panel, &self->states[query].asked, &of))
-        collect(self, query, shard->first + panel * PANEL, &of);
+/* Let a tile bring its share of parts of a panel that comes later. */
+static void bring_later(const tt_job *job, const tile *queries, const tt_shard *shard,
+                        int64_t panel, int to, tt_panel *parts) {
+    for (int part = 0; part <= to; part++) {
+        parts[part].next = quarter_at(job, shard, panel, 0, part);
+        parts[part].line = queries->line;
+        parts[part].lines = queries->lines;
+    }
+}
+
+/* The last part that the first phase reads. */
+static int last_part(const tt_job *job) {
+    return job->stage == BY_HEAD ? HEAD : job->stage == BY_FRONT ? FRONT : BACK;
+}
+
+static void note_rows(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
+                      const int32_t *dots) {
+    const tt_asked *asked = &self->states[query].asked;
+    const int64_t at = panel * PANEL;
+    const uint64_t rows = self->does.reach(dots, shard, at, asked, BY_ALL);
+    if (rows) collect(self, shard, at, query, dots, rows);
 }
 
 /* `next` is the panel that this one's place will have in the next group, if there is one. */
 static void scan_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
                        const tt_shard *next_shard, int64_t next) {
-    tt_panel head = head_of(self->job, shard, panel), tail = tail_of(self->job, shard, panel);
+    const tt_job *job = self->job;
+    const int to = job->part[FRONT] ? BACK : HEAD;
+    tt_panel parts[PARTS];
     int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
-    if (next_shard) {
-        head.next = head_of(self->job, next_shard, next).codes;
-        tail.next = tail_of(self->job, next_shard, next).codes;
-        head.line = tail.line = queries->line;
-        head.lines = tail.lines = queries->lines;
-    }
-    self->does.dots[queries->width](&head, &tail, queries->codes, dots);
+    parts_of(job, shard, panel, HEAD, to, parts);
+    if (next_shard) bring_later(job, queries, next_shard, next, to, parts);
+    self->does.dots[queries->width](parts, to + 1, queries->codes, dots);
     for (int i = 0; i < queries->width; i++)
-        note_bounds(self, shard, panel, queries->from + i, dots[i], 0);
+        note_rows(self, shard, panel, queries->from + i, dots[i]);
 }
 
-/* One query: its time is that of reading the codes, from several places at once. Returns where the
- * even shares of the streams end. */
+/* What a tile knows of a panel that is opened. */
+typedef struct {
+    int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
+    unsigned open[TILE]; /* quarters that are still of interest to each query, a bit each */
+} passage;
+
+static int num_open(const passage *here, int width) {
+    static const int bits[1 << QUARTERS] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
+    int count = 0;
+    for (int i = 0; i < width; i++) count += bits[here->open[i]];
+    return count;
+}
+
+/* Read parts of the open quarters: of whole panels with several queries at once where most are
+ * open, else of each query with its quarters. What the head says is times four before the front is
+ * added. */
+static void read_on(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
+                    int from, int to, passage *here) {
+    const tt_job *job = self->job;
+    tt_panel parts[PARTS];
+    int32_t more[TILE][PANEL] __attribute__((aligned(64)));
+    const int32_t *codes[TILE];
+    int which[TILE], count = 0, shift = from == FRONT ? 2 : 0;
+    int64_t before = 0, words = 0;
+    for (int part = 0; part <= to; part++) *(part < from ? &before : &words) += job->part[part];
+    for (int i = 0; i < queries->width; i++)
+        if (here->open[i]) {
+            codes[count] = queries->codes[i] + before;
+            which[count++] = i;
+        }
+    const int open = num_open(here, queries->width), together = 3 * open >= 8 * count && count > 1;
+    self->spared -= open * words;
+    parts_of(job, shard, panel, from, to, parts);
+    if (together) self->does.dots[count](parts, to - from + 1, codes, more);
+    for (int i = 0; i < count; i++) {
+        int32_t *dots = here->dots[which[i]];
+        int quarters[QUARTERS] = {0, 1, 2, 3}, num = QUARTERS;
+        if (!together) {
+            num = 0;
+            for (int quarter = 0; quarter < QUARTERS; quarter++)
+                if (here->open[which[i]] >> quarter & 1) quarters[num++] = quarter;
+            for (int part = from; part <= to; part++)
+                for (int j = 0; j < QUARTERS; j++) /* what is too much is read twice */
+                    parts[part - from].quarters[j] =
+                        quarter_at(job, shard, panel, quarters[j < num ? j : 0], part);
+            (num > 1 ? self->does.dots[1] : self->does.single)(parts, to - from + 1, codes + i,
+                                                               more + i);
+        }
+        for (int j = 0; j < num; j++)
+            for (int row = 0; row < QUARTER; row++) {
+                int32_t *dot = dots + quarters[j] * QUARTER + row;
+                *dot = *dot * (1 << shift) + more[i][j * QUARTER + row];
+            }
+    }
+}
+
+/* Which rows of the open quarters can still be among the best of a query, the tile's i-th. */
+static uint64_t still_open(worker *self, const tt_shard *shard, int64_t panel, int64_t query, int i,
+                           int stage, passage *here) {
+    static const uint64_t every_row = (1 << QUARTER) - 1;
+    uint64_t rows = self->does.reach(here->dots[i], shard, panel * PANEL,
+                                     &self->states[query].asked, stage);
+    unsigned left = 0;
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        const uint64_t inside = every_row << quarter * QUARTER;
+        if (!(here->open[i] >> quarter & 1)) rows &= ~inside;
+        else if (rows & inside) left |= 1u << quarter;
+    }
+    here->open[i] = left;
+    return rows;
+}
+
+/* What the first phase has not read of a panel, as far as queries need it. */
+static void open_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
+                       passage *here) {
+    if (self->job->stage == BY_HEAD) {
+        read_on(self, shard, panel, queries, FRONT, FRONT, here);
+        for (int i = 0; i < queries->width; i++)
+            if (here->open[i])
+                still_open(self, shard, panel, queries->from + i, i, BY_FRONT, here);
+        if (!num_open(here, queries->width)) return;
+    }
+    read_on(self, shard, panel, queries, BACK, BACK, here);
+    for (int i = 0; i < queries->width; i++) {
+        const int64_t query = queries->from + i;
+        if (!here->open[i]) continue;
+        const uint64_t rows = still_open(self, shard, panel, query, i, BY_ALL, here);
+        if (rows) collect(self, shard, panel * PANEL, query, here->dots[i], rows);
+    }
+}
+
+/* Parts of several panels for one query, whose time is that of reading: from several places. */
+static void read_streams(worker *self, const tt_shard *shard, const int64_t *panels,
+                         const tile *one, int to, int32_t (*dots)[PANEL]) {
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        tt_panel parts[PARTS];
+        int32_t made[PANEL] __attribute__((aligned(64)));
+        for (int part = 0; part <= to; part++) {
+            parts[part] = (tt_panel){.words = self->job->part[part]};
+            for (int i = 0; i < STREAMS; i++)
+                parts[part].quarters[i] = quarter_at(self->job, shard, panels[i], quarter, part);
+        }
+        self->does.dots[1](parts, to + 1, one->codes, &made);
+        for (int i = 0; i < STREAMS; i++)
+            memcpy(dots[i] + quarter * QUARTER, made + i * QUARTER, QUARTER * sizeof *made);
+    }
+}
+
+/* Panels of a group, all but a few at its end; returns where these begin. */
 static int64_t scan_streams(worker *self, const tt_shard *shard, int64_t first, int64_t last,
                             const tile *one) {
     const int64_t share = (last - first) / STREAMS;
+    const int to = self->job->part[FRONT] ? BACK : HEAD;
     int32_t dots[STREAMS][PANEL] __attribute__((aligned(64)));
     for (int64_t step = 0; step < share; step++) {
-        tt_panel heads[STREAMS], tails[STREAMS];
-        for (int i = 0; i < STREAMS; i++) {
-            heads[i] = head_of(self->job, shard, first + i * share + step);
-            tails[i] = tail_of(self->job, shard, first + i * share + step);
-        }
-        self->does.streams(heads, tails, one->codes[0], dots);
+        int64_t panels[STREAMS];
+        for (int i = 0; i < STREAMS; i++) panels[i] = first + i * share + step;
+        read_streams(self, shard, panels, one, to, dots);
         heed_others(self, 0);
-        for (int i = 0; i < STREAMS; i++)
-            note_bounds(self, shard, first + i * share + step, 0, dots[i], 0);
+        for (int i = 0; i < STREAMS; i++) note_rows(self, shard, panels[i], 0, dots[i]);
     }
     return first + STREAMS * share;
 }
@@ -420,16 +473,16 @@ static group take_group(worker *self) {
 }
 
 static void scan_group(worker *self, const group *now, const group *next) {
-    const int64_t tiles = (self->job->num_queries + TILE - 1) / TILE;
+    const int64_t tiles = num_tiles(self->job);
     for (int64_t number = 0; number < tiles; number++) {
         const tile queries = make_tile(self, number, tiles);
         int64_t panel = now->first;
-        if (self->does.streams && self->job->num_queries == 1)
+        if (self->job->num_queries == 1)
             panel = scan_streams(self, now->shard, now->first, now->last, &queries);
         for (; panel < now->last; panel++) {
             const int64_t place = next->first + panel - now->first;
-            scan_panel(self, now->shard, panel, &queries, place < next->last ? next->shard : 0,
-                       place);
+            const tt_shard *there = place < next->last ? next->shard : 0;
+            scan_panel(self, now->shard, panel, &queries, there, place);
         }
     }
 }
@@ -444,87 +497,85 @@ static void *scan(void *argument) {
     return 0;
 }
 
-/* Keep the rows that look best by their heads. */
-static void keep_seeds(worker *self, int64_t query, int64_t position, const float *looks) {
+/* Keep the rows of a panel that look best. */
+static void keep_seeds(worker *self, int64_t query, const tt_shard *shard, int64_t panel,
+                       const int32_t *dots) {
     query_state *state = self->states + query;
-    const int64_t most = SEEDS(self->job->k);
-    candidate *seeds = state->seeds;
     for (int row = 0; row < PANEL; row++) {
-        const candidate entry = {position + row, looks[row]};
-        int64_t place;
-        if (entry.upper == -INFINITY) continue; /* deleted, or no row */
-        if (state->num_seeds < most) {
-            place = state->num_seeds++;
-            while (place && seeds[(place - 1) / 2].upper > entry.upper) {
-                seeds[place] = seeds[(place - 1) / 2];
-                place = (place - 1) / 2;
-            }
-        } else {
-            if (entry.upper <= seeds[0].upper) continue;
-            for (place = 0;;) {
-                int64_t child = 2 * place + 1;
-                if (child >= most) break;
-                if (child + 1 < most && seeds[child + 1].upper < seeds[child].upper) child++;
-                if (seeds[child].upper >= entry.upper) break;
-                seeds[place] = seeds[child];
-                place = child;
-            }
-        }
-        seeds[place] = entry;
+        const int64_t at = panel * PANEL + row;
+        if (shard->error[at] < 0) continue; /* deleted, or no row */
+        const float looks = look_of(dots[row], shard, at, &state->asked, (int)self->job->stage);
+        keep_largest(state->seeds, &state->num_seeds, SEEDS(self->job->k),
+                     (candidate){shard->first + at, looks});
     }
 }
 
-/* What the head of a panel says of a query: the best bound, and rows that look good. */
-static void note_head(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
-                      const int32_t *dots, float *peak) {
+/* What the first phase says of a panel and a query: the best bounds, and rows that look good.
+ * Returns whether it could be opened, judged by those so far. */
+static int note_first(worker *self, const tt_shard *shard, int64_t panel, int64_t query,
+                      const int32_t *dots, float *peaks) {
     query_state *state = self->states + query;
-    float looks[PANEL];
-    const float look = self->does.heads(dots, shard, panel, &state->asked, looks, peak);
-    if (state->num_seeds < SEEDS(self->job->k) || look > state->seeds[0].upper)
-        keep_seeds(self, query, shard->first + panel * PANEL, looks);
+    const int enough = state->num_seeds == SEEDS(self->job->k);
+    const float looks = enough ? state->seeds[0].upper : -INFINITY;
+    const int stage = (int)self->job->stage;
+    if (self->does.peaks(dots, shard, panel, &state->asked, stage, looks, peaks))
+        keep_seeds(self, query, shard, panel, dots);
+    return peaks[0] > looks || peaks[1] > looks || peaks[2] > looks || peaks[3] > looks;
 }
 
-/* The same for the panels of a group, from several places at once; returns of how many. */
-static int64_t stream_heads(worker *self, const group *now, const int32_t *query,
-                            int32_t (*dots)[PANEL], float *peaks) {
+/* The same for one query, whose products are kept if they may be needed: to read what the most of
+ * them are made of a second time would take longer. */
+static void note_single(worker *self, const group *now, int64_t i, const int32_t *dots) {
+    const int64_t place = now->place + i;
+    float *peaks = self->job->peaks + place * QUARTERS;
+    const int kept = note_first(self, now->shard, now->first + i, 0, dots, peaks);
+    self->job->kept[place] = (uint8_t)kept;
+    if (kept) self->does.keep(dots, self->job->dots + place * PANEL);
+}
+
+/* The same for the panels of a group and one query; returns of how many. */
+static int64_t stream_first(worker *self, const group *now) {
+    const tile one = make_tile(self, 0, 1);
     const int64_t share = (now->last - now->first) / STREAMS;
-    const tt_panel none[STREAMS] = {{0}};
-    int32_t made[STREAMS][PANEL] __attribute__((aligned(64)));
+    int32_t dots[STREAMS][PANEL] __attribute__((aligned(64)));
     for (int64_t step = 0; step < share; step++) {
-        tt_panel heads[STREAMS];
-        for (int i = 0; i < STREAMS; i++)
-            heads[i] = head_of(self->job, now->shard, now->first + i * share + step);
-        self->does.streams(heads, none, query, made);
-        for (int i = 0; i < STREAMS; i++) {
-            const int64_t panel = i * share + step;
-            memcpy(dots[panel], made[i], sizeof made[i]);
-            note_head(self, now->shard, now->first + panel, 0, made[i], peaks + panel);
-        }
+        int64_t panels[STREAMS];
+        for (int i = 0; i < STREAMS; i++) panels[i] = now->first + i * share + step;
+        read_streams(self, now->shard, panels, &one, last_part(self->job), dots);
+        for (int i = 0; i < STREAMS; i++) note_single(self, now, i * share + step, dots[i]);
     }
     return STREAMS * share;
 }
 
-static void *scan_heads(void *argument) {
-    worker *self = argument;
+static void scan_first(worker *self, const group *now, int64_t i, const tile *queries,
+                       const tt_shard *next_shard, int64_t next) {
     const tt_job *job = self->job;
-    const int64_t count = job->num_queries;
-    const tile queries = make_tile(self, 0, 1);
-    const tt_panel none = {0};
-    for (group now; (now = take_group(self)).shard;) {
-        const int64_t panels = now.last - now.first;
-        int32_t(*dots)[PANEL] = (int32_t(*)[PANEL])self->plan->dots + now.place * count;
-        float *peaks = self->plan->peaks + now.place * count;
-        int64_t i = 0;
-        if (self->does.streams && count == 1)
-            i = stream_heads(self, &now, queries.codes[0], dots, peaks);
-        for (; i < panels; i++) {
-            tt_panel head = head_of(job, now.shard, now.first + i);
-            head.next = head.codes + head_bytes(job);
-            head.lines = now.first + i + 1 < now.shard->panels ? 4 : 0;
-            self->does.dots[queries.width](&head, &none, queries.codes, dots + i * count);
-            for (int query = 0; query < queries.width; query++)
-                note_head(self, now.shard, now.first + i, query, dots[i * count + query],
-                          peaks + i * count + query);
+    const int to = last_part(job);
+    tt_panel parts[PARTS];
+    int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
+    float(*peaks)[QUARTERS] = (float(*)[QUARTERS])self->job->peaks;
+    peaks += (now->place + i) * job->num_queries + queries->from;
+    parts_of(job, now->shard, now->first + i, HEAD, to, parts);
+    if (next_shard) bring_later(job, queries, next_shard, next, to, parts);
+    self->does.dots[queries->width](parts, to + 1, queries->codes, dots);
+    if (job->num_queries == 1) note_single(self, now, i, dots[0]);
+    else
+        for (int j = 0; j < queries->width; j++)
+            note_first(self, now->shard, now->first + i, queries->from + j, dots[j], peaks[j]);
+}
+
+static void *first_phase(void *argument) {
+    worker *self = argument;
+    const int64_t count = self->job->num_queries, tiles = num_tiles(self->job);
+    group next = {0};
+    for (group now = take_group(self); now.shard; now = next) {
+        next = take_group(self);
+        for (int64_t number = 0; number < tiles; number++) {
+            const tile queries = make_tile(self, number, tiles);
+            int64_t i = count == 1 ? stream_first(self, &now) : 0;
+            for (; i < now.last - now.first; i++)
+                scan_first(self, &now, i, &queries,
+                          next.first + i < next.last ? next.shard : 0, next.first + i);
         }
     }
     return 0;
@@ -545,10 +596,10 @@ static int seed_query(worker *self, int64_t query) {
             for (int64_t j = 0; j < state->num_seeds; j++) seeds[count++] = state->seeds[j];
             state->num_seeds = 0;
         }
-        make_heap(seeds, count);
-        for (int64_t i = 0; count && i < SEEDS(job->k); i++)
-            keep_exact(best, &kept, job->k,
-                       score_of(self, query, take_best(seeds, &count).position));
+        lineup all = line_up(seeds, count);
+        candidate next;
+        for (int64_t i = 0; i < SEEDS(job->k) && take_next(job, &all, &next); i++)
+            keep_exact(best, &kept, job->k, score_of(self, query, next.position));
         if (kept == job->k) raise_to_score(self, query, best[0].unit);
     }
     const int done = seeds && best;
@@ -566,78 +617,101 @@ static void *seed_all(void *argument) {
     }
 }
 
-/* Panels of one query whose tails are read at once. */
+/* The quarters whose best bound reaches the threshold. */
+static unsigned open_quarters(const float *peaks, float threshold) {
+    unsigned open = 0;
+    for (int quarter = 0; quarter < QUARTERS; quarter++)
+        open |= (unsigned)(peaks[quarter] >= threshold) << quarter;
+    return open;
+}
+
+/* A panel that is opened, and the quarters that some query opens. */
 typedef struct {
-    int64_t panel[STREAMS];
-    const int32_t *dots[STREAMS];
-    int count;
-} batch;
+    int64_t place; /* in its group */
+    unsigned quarters;
+} opening;
 
-static void open_tails(worker *self, const tt_shard *shard, const int32_t *query, batch *some) {
-    tt_panel rest[STREAMS];
-    const tt_panel none[STREAMS] = {{0}};
-    int32_t tails[STREAMS][PANEL] __attribute__((aligned(64)));
-    for (int i = 0; i < some->count; i++) rest[i] = tail_of(self->job, shard, some->panel[i]);
-    if (some->count == STREAMS)
-        self->does.streams(rest, none, query, tails);
-    else
-        for (int i = 0; i < some->count; i++)
-            self->does.dots[1](rest + i, none, &query, tails + i);
-    heed_others(self, 0);
-    self->opened += some->count;
-    for (int i = 0; i < some->count; i++)
-        note_bounds(self, shard, some->panel[i], 0, some->dots[i], tails[i]);
-    some->count = 0;
+typedef struct { /* a group and what is opened of it */
+    group of;
+    opening *list;
+    int64_t count;
+} openings;
+
+static void take_openings(worker *self, openings *taken) {
+    const int64_t queries = self->job->num_queries;
+    taken->of = take_group(self);
+    taken->count = 0;
+    for (int64_t query = 0; query < queries; query++) heed_others(self, query);
+    for (int64_t i = 0; i < taken->of.last - taken->of.first; i++) {
+        const float(*peaks)[QUARTERS] = (const float(*)[QUARTERS])self->job->peaks;
+        unsigned any = 0;
+        peaks += (taken->of.place + i) * queries;
+        for (int64_t query = 0; query < queries; query++)
+            any |= open_quarters(peaks[query], self->states[query].asked.threshold);
+        if (any) taken->list[taken->count++] = (opening){i, any};
+    }
 }
 
-static void open_streams(worker *self, const group *now, const int32_t *query) {
-    const int32_t(*dots)[PANEL] = (const int32_t(*)[PANEL])self->plan->dots + now->place;
-    const float *peaks = self->plan->peaks + now->place;
-    const int64_t panels = now->last - now->first, share = (panels + STREAMS - 1) / STREAMS;
-    batch some = {.count = 0};
-    for (int64_t step = 0; step < share; step++)
-        for (int64_t i = step; i < panels; i += share) {
-            if (!(peaks[i] >= self->states->asked.threshold)) continue;
-            some.panel[some.count] = now->first + i;
-            some.dots[some.count++] = dots[i];
-            if (some.count == STREAMS) open_tails(self, now->shard, query, &some);
+/* Begin to read what is opened first, and what has to be read again for it. */
+static void bring_opening(const worker *self, const openings *from, int64_t number) {
+    const tt_job *job = self->job;
+    const opening *next = from->list + number;
+    const int64_t panel = from->of.first + next->place;
+    const int to = last_part(job) + 1;
+    const int kept = job->num_queries == 1 && job->kept[from->of.place + next->place];
+    for (int quarter = 0; next->quarters >> quarter; quarter++)
+        for (int part = kept ? to : HEAD; next->quarters >> quarter & 1 && part <= to; part++) {
+            const uint8_t *codes = quarter_at(job, from->of.shard, panel, quarter, part);
+            for (int64_t word = 0; word < job->part[part]; word++)
+                __builtin_prefetch(codes + word * LINE, 0, 2);
         }
-    open_tails(self, now->shard, query, &some);
 }
 
-/* The tail of a panel for those queries that need it. */
-static void open_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
-                       int32_t (*dots)[PANEL], const float *peaks) {
-    const tt_panel tail = tail_of(self->job, shard, panel), none = {0};
-    int32_t tails[TILE][PANEL] __attribute__((aligned(64)));
-    const int32_t *codes[TILE];
-    int open[TILE], count = 0;
-    for (int query = 0; query < queries->width; query++)
-        if (peaks[query] >= self->states[query].asked.threshold) {
-            codes[count] = queries->codes[query] + self->job->head;
-            open[count++] = query;
-        }
-    if (!count) return;
-    self->opened += count;
-    self->does.dots[count](&tail, &none, codes, tails);
-    for (int i = 0; i < count; i++)
-        note_bounds(self, shard, panel, open[i], dots[open[i]], tails[i]);
+/* A panel, for each query that opens it. What the first phase has read is read again if its
+ * products were not kept, as each of several queries opens few panels. */
+static void open_all(worker *self, const group *now, int64_t place) {
+    const tt_job *job = self->job;
+    const int64_t tiles = num_tiles(job), panel = now->first + place;
+    const float(*peaks)[QUARTERS] = (const float(*)[QUARTERS])self->job->peaks;
+    peaks += (now->place + place) * job->num_queries;
+    for (int64_t number = 0; number < tiles; number++) {
+        const tile queries = make_tile(self, number, tiles);
+        passage here = {.dots = {{0}}};
+        unsigned any = 0;
+        for (int i = 0; i < queries.width; i++)
+            any |= here.open[i] = open_quarters(peaks[queries.from + i],
+                                                self->states[queries.from + i].asked.threshold);
+        if (!any) continue;
+        if (job->num_queries == 1 && job->kept[now->place + place])
+            memcpy(here.dots, job->dots + (now->place + place) * PANEL, sizeof here.dots[0]);
+        else
+            read_on(self, now->shard, panel, &queries, HEAD, last_part(job), &here);
+        open_panel(self, now->shard, panel, &queries, &here);
+    }
 }
 
 static void *open_panels(void *argument) {
     worker *self = argument;
-    const int64_t count = self->job->num_queries;
-    for (group now; (now = take_group(self)).shard;) {
-        const tile queries = make_tile(self, 0, 1);
-        int32_t(*dots)[PANEL] = (int32_t(*)[PANEL])self->plan->dots + now.place * count;
-        const float *peaks = self->plan->peaks + now.place * count;
-        if (self->does.streams && count == 1)
-            open_streams(self, &now, queries.codes[0] + self->job->head);
-        else
-            for (int64_t i = 0; i < now.last - now.first; i++)
-                open_panel(self, now.shard, now.first + i, &queries, dots + i * count,
-                           peaks + i * count);
+    openings both[2], *now = both, *next = both + 1;
+    for (int i = 0; i < 2; i++) both[i].list = malloc(sizeof(opening) * (size_t)self->plan->group);
+    if (both[0].list && both[1].list) {
+        take_openings(self, now);
+        while (now->of.shard) {
+            take_openings(self, next);
+            for (int64_t i = 0; i < now->count; i++) {
+                const int64_t ahead = i + AHEAD - now->count;
+                if (ahead < 0) bring_opening(self, now, i + AHEAD);
+                else if (ahead < next->count) bring_opening(self, next, ahead);
+                open_all(self, &now->of, now->list[i].place);
+            }
+            openings *const done = now;
+            now = next;
+            next = done;
+        }
+    } else {
+        self->failed = 1;
     }
+    for (int i = 0; i < 2; i++) free(both[i].list);
     return 0;
 }
 
@@ -667,20 +741,10 @@ static int finish_query(worker *self, int64_t query) {
     int64_t *position = job->position + query * job->k;
     double *score = job->score + query * job->k;
     for (int64_t i = num_best; i < job->k; i++) position[i] = -1;
-    for (int64_t left = num_best; left > 0; left--) { /* the worst first, from the back */
-        position[left - 1] = best[0].position;
-        score[left - 1] = best[0].score;
-        const exact moved = best[left - 1];
-        int64_t place = 0, size = left - 1;
-        for (;;) {
-            int64_t child = 2 * place + 1;
-            if (child >= size) break;
-            if (child + 1 < size && worse(&best[child + 1], &best[child])) child++;
-            if (!worse(&best[child], &moved)) break;
-            best[place] = best[child];
-            place = child;
-        }
-        best[place] = moved;
+    while (num_best) { /* the worst first, from the back */
+        const exact worst = take_worst(best, &num_best);
+        position[num_best] = worst.position;
+        score[num_best] = worst.score;
     }
     free(found);
     free(best);
@@ -718,11 +782,13 @@ static int run_groups(worker *workers, int64_t threads, void *(*phase)(void *), 
     return failed;
 }
 
-static int64_t group_size(const worker *self, int64_t panels) {
+static int64_t group_size(const worker *self, int64_t panels, int phases) {
     const tt_job *job = self->job;
-    const int64_t bytes = job->words * 4 * PANEL;
+    int64_t bytes = 0;
+    for (int part = 0; part <= (phases ? last_part(job) : BACK); part++)
+        bytes += job->part[part] * 4 * PANEL;
     int64_t wanted = GROUP_BYTES;
-    if (self->does.streams && job->num_queries == 1) { /* large, but eight shares a thread */
+    if (job->num_queries == 1) { /* large, but eight shares a thread */
         const int64_t fair = panels * bytes / (8 * self->num_threads);
         wanted = fair < STREAM_BYTES ? fair : STREAM_BYTES;
     } else if (job->num_queries <= TILE) {
@@ -731,8 +797,8 @@ static int64_t group_size(const worker *self, int64_t panels) {
     return wanted > bytes ? wanted / bytes : 1;
 }
 
-/* The phases by heads, over as many groups at a time as there is room for; whether one failed. */
-static int scan_by_heads(worker *workers, int64_t threads, int64_t step) {
+/* All phases but the last, over as many groups at a time as there is room for; whether one failed. */
+static int scan_in_phases(worker *workers, int64_t threads, int64_t step) {
     const tt_job *job = workers->job;
     plan *plan = workers->plan;
     int failed = 0;
@@ -742,12 +808,10 @@ static int scan_by_heads(worker *workers, int64_t threads, int64_t step) {
             state->seeds = malloc(sizeof *state->seeds * (size_t)SEEDS(job->k));
             failed |= !state->seeds;
         }
-    plan->dots = job->said;
-    plan->peaks = (float *)job->said + step * plan->group * job->num_queries * PANEL;
     for (int64_t first = 0; first < plan->groups && !failed; first += step) {
         const int64_t end = first + step < plan->groups ? first + step : plan->groups;
         const int64_t few = threads < job->num_queries ? threads : job->num_queries;
-        failed = run_groups(workers, threads, scan_heads, first, end) ||
+        failed = run_groups(workers, threads, first_phase, first, end) ||
                  run_groups(workers, few, seed_all, first, end) ||
                  run_groups(workers, threads, open_panels, first, end);
     }
@@ -760,16 +824,18 @@ static int scan_all(worker *workers, int64_t threads) {
     plan *plan = workers->plan;
     int64_t panels = 0;
     for (int64_t i = 0; i < job->num_shards; i++) panels += job->shards[i].panels;
-    const int64_t room = job->said_size / ((PANEL + 1) * job->num_queries); /* panels */
-    const int by_heads = job->head < job->words && job->num_queries <= TILE && room > 0;
-    plan->group = group_size(workers, panels);
-    if (by_heads && plan->group > room) plan->group = room;
+    const int64_t room = job->num_peaks / (QUARTERS * job->num_queries); /* panels */
+    const int phases = job->stage != BY_ALL && job->part[FRONT] && room > 0;
+    plan->group = group_size(workers, panels, phases);
+    if (phases && plan->group > room) plan->group = room;
     for (int64_t i = 0; i < job->num_shards; i++)
         plan->groups += (job->shards[i].panels + plan->group - 1) / plan->group;
-    if (!by_heads) return run_groups(workers, threads, scan, 0, plan->groups);
+    if (!phases) return run_groups(workers, threads, scan, 0, plan->groups);
+    job->count[2] = panels * job->num_queries * QUARTERS * job->words;
+    job->count[3] = panels * job->num_queries * QUARTERS * job->part[BACK];
+    if (job->stage == BY_HEAD) job->count[3] += panels * job->num_queries * QUARTERS * job->part[FRONT];
     const int64_t fit = room / plan->group;
-    job->count[2] = panels * job->num_queries;
-    return scan_by_heads(workers, threads, fit < plan->groups ? fit : plan->groups);
+    return scan_in_phases(workers, threads, fit < plan->groups ? fit : plan->groups);
 }
 
 static int prepare(worker *self, const tt_job *job, int64_t room) {
@@ -779,16 +845,15 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
     for (int64_t query = 0; query < job->num_queries; query++) {
         query_state *state = self->states + query;
         const int8_t *code = job->query_codes + query * job->words * 4;
-        int32_t head = 0, tail = 0;
-        for (int64_t i = 0; i < job->head * 4; i++) head += code[i];
-        for (int64_t i = job->head * 4; i < job->words * 4; i++) tail += code[i];
-        if (!self->does.flips) {
-            state->asked.head_correction = 128 * head;
-            state->asked.correction = 128 * (job->head < job->words ? 4 * head + tail : head);
+        int32_t sum = 0;
+        for (int part = 0; part < PARTS; part++) {
+            for (int64_t i = 0; i < job->part[part] * 4; i++) sum += *code++;
+            if (part == HEAD && job->part[FRONT]) sum *= 4;
+            state->asked.correction[part] = self->does.flips ? 0 : 128 * sum;
         }
         state->asked.scale = job->query_scale[query];
         state->asked.error = job->query_error[query];
-        state->asked.tail_norm = job->query_tail_norm[query];
+        for (int i = 0; i < 2; i++) state->asked.beyond[i] = job->query_beyond[i][query];
         state->asked.threshold = -FLT_MAX;
         state->room = room;
         state->heap = malloc(sizeof(float) * (size_t)job->k);
@@ -891,7 +956,7 @@ int tt_search(const tt_job *job) {
     for (int64_t i = 0; workers && i < threads; i++) {
         job->count[0] += workers[i].collected;
         job->count[1] += workers[i].reranked;
-        job->count[3] += workers[i].opened;
+        job->count[3] += workers[i].spared;
         if (workers[i].job) discard(workers + i, job);
     }
     free(workers);

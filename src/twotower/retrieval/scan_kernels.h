@@ -9,53 +9,57 @@
 #include <string.h>
 
 #define PANEL 64
+#define QUARTER 16 /* rows of a panel whose tails lie together */
+#define QUARTERS (PANEL / QUARTER)
+#define LINE (4 * QUARTER) /* bytes of a word */
 #define TILE 6
 #define TURNED 4 /* vectors that are rotated at once */
-#define STREAMS 4 /* places that one query reads from at once: one alone leaves bandwidth unused */
 
 enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
 
+/* Parts of codes, and what has been read of them: the head, the front too, or all. */
+enum { HEAD, FRONT, BACK, PARTS };
+enum { BY_HEAD, BY_FRONT, BY_ALL, STAGES };
+
 typedef struct {
-    const uint8_t *codes, *tail; /* the tail and its norms are not read where there is none */
-    const float *scale, *error, *norm, *tail_norm;
-    int64_t panels, first; /* position of the first row */
+    const uint8_t *codes[PARTS];
+    const float *scale, *error, *norm;
+    const float *beyond[2]; /* norms of what is beyond the head, and beyond the front */
+    int64_t panels, first;  /* position of the first row */
 } tt_shard;
 
 typedef struct { /* what bounds need to know of a query */
-    float threshold, scale, error, tail_norm;
-    int32_t correction, head_correction; /* what the 128 in each code adds to products */
+    float threshold, scale, error, beyond[2];
+    int32_t correction[STAGES]; /* what the 128 in each code adds to products */
 } tt_asked;
 
-/* Codes of 64 rows, so many words of four dimensions; `next` are codes that come later: of each 256
- * bytes so many lines are brought from memory, none, one, two or all, from number `line` on. */
+/* Codes of four times 16 rows, so many words of four dimensions; `next` are those of a panel that
+ * comes later, one quarter behind the other: of each word so many lines are brought from memory,
+ * none, one, two or all, from that of quarter `line` on. */
 typedef struct {
-    const uint8_t *codes, *next;
+    const uint8_t *quarters[QUARTERS];
     int64_t words;
+    const uint8_t *next;
     int line, lines;
 } tt_panel;
 
-typedef struct { /* bounds of a panel's rows for one query */
-    float upper[PANEL], lower[PANEL];
-} bounds __attribute__((aligned(64)));
-
-/* Products of a panel with queries; with a tail, four times those of the head and its own. */
-typedef void (*dots_function)(const tt_panel *, const tt_panel *, const int32_t *const *,
-                              int32_t (*)[PANEL]);
-/* The same for one query and STREAMS panels. */
-typedef void (*streams_function)(const tt_panel *, const tt_panel *, const int32_t *,
-                                 int32_t (*)[PANEL]);
-typedef int (*bounds_function)(const int32_t *, const int32_t *, const tt_shard *, int64_t,
-                               const tt_asked *, bounds *);
-typedef float (*heads_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *,
-                                float *, float *);
+/* Products of so many parts of a panel with queries, four times those of the first if there are
+ * others. */
+typedef void (*dots_function)(const tt_panel *, int, const int32_t *const *, int32_t (*)[PANEL]);
+typedef uint64_t (*reach_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *,
+                                   int);
+typedef int (*peaks_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *, int,
+                              float, float *);
+typedef void (*keep_function)(const int32_t *, int32_t *);
 typedef double (*product_function)(const double *, const void *, int64_t, int64_t, double *);
 typedef void (*turn_function)(const double *, int64_t, const float *, int64_t, double *);
 
 typedef struct {
     dots_function dots[TILE + 1]; /* by the number of queries */
-    streams_function streams;     /* 0 where one place at a time is as fast */
-    bounds_function bounds;
-    heads_function heads;
+    dots_function single;         /* of one query and the first quarter, at least */
+    reach_function reach;
+    peaks_function peaks;
+    keep_function keep;
     product_function product;
     turn_function turn;
     int flips; /* dots are of p, not of p + 128 */
@@ -64,9 +68,9 @@ typedef struct {
 /* ---- integer dot products of a panel with a few queries ------------------------------------- */
 
 #define DOTS_OF(name, width) \
-    static void name##_##width(const tt_panel *head, const tt_panel *tail, \
-                               const int32_t *const *queries, int32_t (*out)[PANEL]) { \
-        name(head, tail, queries, width, out); \
+    static void name##_##width(const tt_panel *parts, int count, const int32_t *const *queries, \
+                               int32_t (*out)[PANEL]) { \
+        name(parts, count, queries, width, out); \
     }
 #define ALL_DOTS(name, attribute) \
     attribute DOTS_OF(name, 1) attribute DOTS_OF(name, 2) attribute DOTS_OF(name, 3) \
@@ -80,7 +84,8 @@ static inline __attribute__((always_inline)) void plain_words(
         for (int query = 0; query < width; query++) {
             const int8_t *code = (const int8_t *)(queries[query] + first + word);
             for (int row = 0; row < PANEL; row++) {
-                const uint8_t *p = panel->codes + word * (4 * PANEL) + 4 * row;
+                const uint8_t *p =
+                    panel->quarters[row / QUARTER] + word * LINE + row % QUARTER * 4;
                 out[query][row] +=
                     p[0] * code[0] + p[1] * code[1] + p[2] * code[2] + p[3] * code[3];
             }
@@ -88,14 +93,16 @@ static inline __attribute__((always_inline)) void plain_words(
 }
 
 static inline __attribute__((always_inline)) void plain_dots(
-    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    const tt_panel *parts, int count, const int32_t *const *queries, const int width,
     int32_t (*out)[PANEL]) {
+    int64_t first = 0;
     memset(out, 0, sizeof(out[0]) * (size_t)width);
-    plain_words(head, queries, 0, width, out);
-    if (!tail->words) return;
-    for (int query = 0; query < width; query++)
-        for (int row = 0; row < PANEL; row++) out[query][row] *= 4;
-    plain_words(tail, queries, head->words, width, out);
+    for (int part = 0; part < count; part++) {
+        for (int query = 0; part == 1 && query < width; query++)
+            for (int row = 0; row < PANEL; row++) out[query][row] *= 4;
+        plain_words(parts + part, queries, first, width, out);
+        first += parts[part].words;
+    }
 }
 ALL_DOTS(plain_dots, )
 
@@ -108,7 +115,7 @@ ALL_DOTS(plain_dots, )
 #define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5)
 
 ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
-    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    const tt_panel *parts, int count, const int32_t *const *queries, const int width,
     const int prefetch, int32_t (*out)[PANEL]) {
     const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     for (int quarter = 0; quarter < 4; quarter++) {
@@ -122,25 +129,26 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
         a##q = _mm256_add_epi32(a##q, _mm256_madd_epi16(c0, ones)); \
         b##q = _mm256_add_epi32(b##q, _mm256_madd_epi16(c1, ones)); \
     }
-/* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
-#define AVX2_WORDS(panel) { \
-    const int ahead = prefetch && quarter >= panel->line && quarter < panel->line + panel->lines; \
-    for (int64_t word = 0; word < panel->words; word++) { \
-        const int64_t at = word * (4 * PANEL) + quarter * 64; \
-        const __m256i *p = (const __m256i *)(panel->codes + at); \
-        if (ahead) _mm_prefetch((const char *)panel->next + at, _MM_HINT_T1); \
-        const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip); \
-        const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip); \
-        const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1); \
-        AVX2_STEP(0) AVX2_STEP(1) AVX2_STEP(2) \
-    } \
-}
-        AVX2_WORDS(head)
-        if (tail->words) {
+        /* vpmaddubsw takes one unsigned side: |p| and the query with p's sign; p >= -127. */
+        for (const tt_panel *panel = parts; panel < parts + count; panel++) {
+            const int ahead =
+                prefetch && quarter >= panel->line && quarter < panel->line + panel->lines;
+            if (panel == parts + 1) {
 #define AVX2_SHIFT(q) a##q = _mm256_slli_epi32(a##q, 2), b##q = _mm256_slli_epi32(b##q, 2);
-            AVX2_SHIFT(0) AVX2_SHIFT(1) AVX2_SHIFT(2)
-            first = head->words;
-            AVX2_WORDS(tail)
+                AVX2_SHIFT(0) AVX2_SHIFT(1) AVX2_SHIFT(2)
+            }
+            for (int64_t word = 0; word < panel->words; word++) {
+                const int64_t at = word * LINE;
+                const __m256i *p = (const __m256i *)(panel->quarters[quarter] + at);
+                if (ahead)
+                    _mm_prefetch((const char *)panel->next + quarter * panel->words * LINE + at,
+                                 _MM_HINT_T1);
+                const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip);
+                const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip);
+                const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1);
+                AVX2_STEP(0) AVX2_STEP(1) AVX2_STEP(2)
+            }
+            first += panel->words;
         }
 #define AVX2_STORE(q) \
     if (width > q) { \
@@ -152,15 +160,15 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
 }
 
 ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
-    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    const tt_panel *parts, int count, const int32_t *const *queries, const int width,
     int32_t (*out)[PANEL]) {
-    avx2_few(head, tail, queries, width < 3 ? width : 3, 1, out); /* what 16 registers hold */
-    if (width > 3) avx2_few(head, tail, queries + 3, width - 3, 0, out + 3);
+    avx2_few(parts, count, queries, width < 3 ? width : 3, 1, out); /* what 16 registers hold */
+    if (width > 3) avx2_few(parts, count, queries + 3, width - 3, 0, out + 3);
 }
 ALL_DOTS(avx2_dots, ON_AVX2)
 
 ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
-    const tt_panel *head, const tt_panel *tail, const int32_t *const *queries, const int width,
+    const tt_panel *parts, int count, const int32_t *const *queries, const int width,
     int32_t (*out)[PANEL]) {
     const __m512i zero = _mm512_setzero_si512();
     int64_t first = 0;
@@ -177,28 +185,29 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
 #define VNNI_SHIFT(q) \
     a##q = _mm512_slli_epi32(a##q, 2), b##q = _mm512_slli_epi32(b##q, 2); \
     c##q = _mm512_slli_epi32(c##q, 2), d##q = _mm512_slli_epi32(d##q, 2);
-    /* One loop for both: with two of them compilers keep the sums in memory. */
-    for (const tt_panel *panel = head;; panel = tail) {
-        const uint8_t *p = panel->codes;
-        const int64_t end = first + panel->words;
+    /* One loop for all: with two of them compilers keep the sums in memory. */
+    for (const tt_panel *panel = parts;; panel++) {
+        const uint8_t *from0 = panel->quarters[0], *from1 = panel->quarters[1];
+        const uint8_t *from2 = panel->quarters[2], *from3 = panel->quarters[3];
+        const int64_t end = first + panel->words, apart = panel->words * LINE;
         const int lines = panel->lines;
-        uintptr_t next = (uintptr_t)panel->next + (uintptr_t)panel->line * 64;
-        for (int64_t word = first; word < end; word++, p += 4 * PANEL, next += 4 * PANEL) {
-            const __m512i p0 = _mm512_loadu_si512(p), p1 = _mm512_loadu_si512(p + 64);
-            const __m512i p2 = _mm512_loadu_si512(p + 128), p3 = _mm512_loadu_si512(p + 192);
+        uintptr_t next = (uintptr_t)panel->next + (uintptr_t)(panel->line * apart);
+        for (int64_t word = first, at = 0; word < end; word++, at += LINE, next += LINE) {
+            const __m512i p0 = _mm512_loadu_si512(from0 + at), p1 = _mm512_loadu_si512(from1 + at);
+            const __m512i p2 = _mm512_loadu_si512(from2 + at), p3 = _mm512_loadu_si512(from3 + at);
             if (lines) {
                 _mm_prefetch((const char *)next, _MM_HINT_T1);
-                if (lines > 1) _mm_prefetch((const char *)(next + 64), _MM_HINT_T1);
+                if (lines > 1) _mm_prefetch((const char *)(next + apart), _MM_HINT_T1);
                 if (lines > 2) {
-                    _mm_prefetch((const char *)(next + 128), _MM_HINT_T1);
-                    _mm_prefetch((const char *)(next + 192), _MM_HINT_T1);
+                    _mm_prefetch((const char *)(next + 2 * apart), _MM_HINT_T1);
+                    _mm_prefetch((const char *)(next + 3 * apart), _MM_HINT_T1);
                 }
             }
             EACH(VNNI_STEP)
         }
-        if (panel == tail || !tail->words) break;
-        EACH(VNNI_SHIFT)
-        first = head->words;
+        first = end;
+        if (!--count) break;
+        if (panel == parts) { EACH(VNNI_SHIFT) }
     }
 #define VNNI_STORE(q) \
     if (width > q) { \
@@ -211,31 +220,29 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
 }
 ALL_DOTS(vnni_dots, ON_VNNI)
 
-ON_VNNI static void vnni_streams(const tt_panel *heads, const tt_panel *tails, const int32_t *query,
-                                 int32_t (*out)[PANEL]) {
-    const __m512i zero = _mm512_setzero_si512();
-    const int width = STREAMS;
-    VNNI_SUMS(0) VNNI_SUMS(1) VNNI_SUMS(2) VNNI_SUMS(3)
-#define VNNI_STREAM(q) \
-    a##q = _mm512_dpbusd_epi32(a##q, _mm512_loadu_si512(from##q + at), code); \
-    b##q = _mm512_dpbusd_epi32(b##q, _mm512_loadu_si512(from##q + at + 64), code); \
-    c##q = _mm512_dpbusd_epi32(c##q, _mm512_loadu_si512(from##q + at + 128), code); \
-    d##q = _mm512_dpbusd_epi32(d##q, _mm512_loadu_si512(from##q + at + 192), code);
-#define VNNI_STREAMS(panels, query) { \
-    const uint8_t *from0 = panels[0].codes, *from1 = panels[1].codes; \
-    const uint8_t *from2 = panels[2].codes, *from3 = panels[3].codes; \
-    for (int64_t word = 0; word < panels->words; word++) { \
-        const __m512i code = _mm512_set1_epi32((query)[word]); \
-        const int64_t at = word * (4 * PANEL); \
-        VNNI_STREAM(0) VNNI_STREAM(1) VNNI_STREAM(2) VNNI_STREAM(3) \
-    } \
-}
-    VNNI_STREAMS(heads, query)
-    if (tails->words) {
-        VNNI_SHIFT(0) VNNI_SHIFT(1) VNNI_SHIFT(2) VNNI_SHIFT(3)
-        VNNI_STREAMS(tails, query + heads->words)
+/* Of one quarter and one query: four sums, as each waits for the one before. */
+ON_VNNI static void vnni_single(const tt_panel *part, int count, const int32_t *const *queries,
+                                int32_t (*out)[PANEL]) {
+    __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0, sum2 = sum0, sum3 = sum0, all = sum0;
+    const int32_t *code = queries[0];
+    for (int i = 0; i < count; i++, part++) {
+        const uint8_t *p = part->quarters[0];
+        int64_t word = 0;
+#define VNNI_SINGLE(sum, i) \
+    sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(p + (word + i) * LINE), \
+                              _mm512_set1_epi32(code[word + i]));
+        for (; word + 4 <= part->words; word += 4) {
+            VNNI_SINGLE(sum0, 0) VNNI_SINGLE(sum1, 1) VNNI_SINGLE(sum2, 2) VNNI_SINGLE(sum3, 3)
+        }
+        for (; word < part->words; word++) { VNNI_SINGLE(sum0, 0) }
+        code += part->words;
+        all = _mm512_add_epi32(_mm512_add_epi32(sum0, sum1), _mm512_add_epi32(sum2, sum3));
+        if (!i && count > 1) {
+            sum0 = _mm512_slli_epi32(all, 2);
+            sum1 = sum2 = sum3 = _mm512_setzero_si512();
+        }
     }
-    VNNI_STORE(0) VNNI_STORE(1) VNNI_STORE(2) VNNI_STORE(3)
+    _mm512_storeu_si512(out[0], all);
 }
 #endif
 
@@ -256,9 +263,9 @@ ON_DOT static inline void neon_words(const tt_panel *panel, const int32_t *const
     const uint8x16_t flip = vdupq_n_u8(0x80);
     const int ahead = quarter >= panel->line && quarter < panel->line + panel->lines;
     for (int64_t word = 0; word < panel->words; word++) {
-        const int64_t at = word * (4 * PANEL) + quarter * 64;
-        const uint8_t *p = panel->codes + at;
-        if (ahead) __builtin_prefetch(panel->next + at, 0, 2);
+        const int64_t at = word * LINE;
+        const uint8_t *p = panel->quarters[quarter] + at;
+        if (ahead) __builtin_prefetch(panel->next + quarter * panel->words * LINE + at, 0, 2);
         int8x16_t rows[4];
         for (int part = 0; part < 4; part++)
             rows[part] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * part), flip));
@@ -270,18 +277,21 @@ ON_DOT static inline void neon_words(const tt_panel *panel, const int32_t *const
     }
 }
 
-ON_DOT static inline void neon_dots(const tt_panel *head, const tt_panel *tail,
+ON_DOT static inline void neon_dots(const tt_panel *parts, int count,
                                     const int32_t *const *queries, const int width,
                                     int32_t (*out)[PANEL]) {
-    for (int quarter = 0; quarter < 4; quarter++) {
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
         int32x4_t sums[TILE][4];
+        int64_t first = 0;
         for (int query = 0; query < width; query++)
             for (int part = 0; part < 4; part++) sums[query][part] = vdupq_n_s32(0);
-        neon_words(head, queries, 0, quarter, width, sums);
-        for (int query = 0; query < width && tail->words; query++)
-            for (int part = 0; part < 4; part++)
-                sums[query][part] = vshlq_n_s32(sums[query][part], 2);
-        neon_words(tail, queries, head->words, quarter, width, sums);
+        for (int i = 0; i < count; i++) {
+            for (int query = 0; query < width && i == 1; query++)
+                for (int part = 0; part < 4; part++)
+                    sums[query][part] = vshlq_n_s32(sums[query][part], 2);
+            neon_words(parts + i, queries, first, quarter, width, sums);
+            first += parts[i].words;
+        }
         for (int query = 0; query < width; query++)
             for (int part = 0; part < 4; part++)
                 vst1q_s32(out[query] + quarter * 16 + part * 4, sums[query][part]);
@@ -292,41 +302,66 @@ ALL_DOTS(neon_dots, ON_DOT)
 
 /* ---- bounds of 64 rows, and exact scores, each compiled once a processor -------------------- */
 
-/* Bounds of what both products of 64 rows say, and how many rows reach the threshold. */
-static inline __attribute__((always_inline)) int bounds_of(
-    const int32_t *dots, const int32_t *tail, const tt_shard *shard, int64_t panel,
-    const tt_asked *query, bounds *out) {
-    const int64_t at = panel * PANEL;
-    int count = 0;
-    for (int row = 0; row < PANEL; row++) {
-        const int32_t dot = (tail ? 4 * dots[row] + tail[row] : dots[row]) - query->correction;
-        const float middle = ((float)dot * query->scale) * shard->scale[at + row];
-        const float width = query->error * shard->norm[at + row] + shard->error[at + row];
-        out->upper[row] = middle + width;
-        out->lower[row] = middle - width;
-        count += out->upper[row] >= query->threshold;
-    }
-    return count;
+/* A row's score by its code, but for the centre, and how far off it may be. */
+static inline __attribute__((always_inline)) float middle_of(int32_t dot, const tt_shard *shard,
+                                                             int64_t place,
+                                                             const tt_asked *query) {
+    return ((float)dot * query->scale) * shard->scale[place];
 }
 
-/* The same by the head alone: what it says (-inf of a deleted row), the best of that, and the best
- * upper bound. */
-static inline __attribute__((always_inline)) float heads_of(
-    const int32_t *dots, const tt_shard *shard, int64_t panel, const tt_asked *query,
-    float *looks, float *peak) {
-    const int64_t at = panel * PANEL;
-    float best = -INFINITY, look = -INFINITY;
+static inline __attribute__((always_inline)) float width_of(const tt_shard *shard, int64_t place,
+                                                            const tt_asked *query) {
+    return query->error * shard->norm[place] + shard->error[place];
+}
+
+/* What has been read says of a row; products of the head are not yet times four where that is the
+ * head alone. */
+static inline __attribute__((always_inline)) float look_of(int32_t dot, const tt_shard *shard,
+                                                           int64_t place, const tt_asked *query,
+                                                           int stage) {
+    return middle_of((stage == BY_HEAD ? 4 * dot : dot) - query->correction[stage], shard, place,
+                     query);
+}
+
+/* The upper bound by it. */
+static inline __attribute__((always_inline)) float upper_of(int32_t dot, const tt_shard *shard,
+                                                            int64_t place, const tt_asked *query,
+                                                            int stage) {
+    float width = width_of(shard, place, query);
+    if (stage != BY_ALL) width += query->beyond[stage] * shard->beyond[stage][place];
+    return look_of(dot, shard, place, query, stage) + width;
+}
+
+/* Of 64 rows from the shard's place `at` on, which can reach the threshold by what has been read:
+ * the lowest bit is the first row. */
+static inline __attribute__((always_inline)) uint64_t reach_of(
+    const int32_t *dots, const tt_shard *shard, int64_t at, const tt_asked *query, int stage) {
+    uint64_t reached = 0;
     for (int row = 0; row < PANEL; row++) {
-        const int32_t dot = 4 * (dots[row] - query->head_correction);
-        const float middle = ((float)dot * query->scale) * shard->scale[at + row];
-        const float width = query->error * shard->norm[at + row] + shard->error[at + row];
-        const float upper = middle + (width + query->tail_norm * shard->tail_norm[at + row]);
-        looks[row] = shard->error[at + row] < 0 ? -INFINITY : middle;
-        look = looks[row] > look ? looks[row] : look;
-        best = upper > best ? upper : best;
+        const float upper = upper_of(dots[row], shard, at + row, query, stage);
+        reached |= (uint64_t)(upper >= query->threshold) << row;
     }
-    *peak = best;
-    return look;
+    return reached;
+}
+
+/* The best upper bound of each quarter of a panel by what has been read; whether the product alone
+ * says more than `looks` of some row. */
+static inline __attribute__((always_inline)) int peaks_of(const int32_t *dots,
+                                                          const tt_shard *shard, int64_t panel,
+                                                          const tt_asked *query, int stage,
+                                                          float looks, float *peaks) {
+    int more = 0;
+    for (int quarter = 0; quarter < QUARTERS; quarter++) {
+        float best = -INFINITY;
+        for (int row = quarter * QUARTER; row < (quarter + 1) * QUARTER; row++) {
+            const int64_t place = panel * PANEL + row;
+            const float upper = upper_of(dots[row], shard, place, query, stage);
+            more |= look_of(dots[row], shard, place, query, stage) > looks;
+            best = upper > best ? upper : best;
+        }
+        peaks[quarter] = best;
+    }
+    return more;
 }
 
 static float half_to_float(uint16_t half) {
@@ -369,9 +404,8 @@ static inline __attribute__((always_inline)) double product_of(
     return fold(scratch, dim, power_of_two(dim));
 }
 
-#define ARGUMENTS \
-    const int32_t *dots, const int32_t *tail, const tt_shard *shard, int64_t panel, \
-        const tt_asked *query, bounds *out
+#define REACH_ARGUMENTS \
+    const int32_t *dots, const tt_shard *shard, int64_t at, const tt_asked *query, int stage
 typedef double doubles __attribute__((vector_size(64), aligned(8), may_alias));
 typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
 
@@ -410,12 +444,18 @@ static void plain_turn(const double *vectors, int64_t stride, const float *colum
     turn_of(vectors, stride, columns, dim, out);
 }
 
-static int plain_bounds(ARGUMENTS) { return bounds_of(dots, tail, shard, panel, query, out); }
-#define HEAD_ARGUMENTS \
-    const int32_t *dots, const tt_shard *shard, int64_t panel, const tt_asked *query, \
-        float *looks, float *peak
-static float plain_heads(HEAD_ARGUMENTS) {
-    return heads_of(dots, shard, panel, query, looks, peak);
+static uint64_t plain_reach(REACH_ARGUMENTS) {
+    return reach_of(dots, shard, at, query, stage);
+}
+#define PEAKS_ARGUMENTS \
+    const int32_t *dots, const tt_shard *shard, int64_t panel, const tt_asked *query, int stage, \
+        float looks, float *peaks
+static int plain_peaks(PEAKS_ARGUMENTS) {
+    return peaks_of(dots, shard, panel, query, stage, looks, peaks);
+}
+
+static void plain_keep(const int32_t *dots, int32_t *kept) {
+    memcpy(kept, dots, sizeof *dots * PANEL);
 }
 
 static double plain_product(const double *query, const void *row, int64_t dim, int64_t half,
@@ -424,12 +464,30 @@ static double plain_product(const double *query, const void *row, int64_t dim, i
 }
 
 #if defined(ON_AVX2)
-ON_AVX2 static int avx2_bounds(ARGUMENTS) {
-    return tail ? bounds_of(dots, tail, shard, panel, query, out)
-                : bounds_of(dots, 0, shard, panel, query, out);
+ON_AVX2 static uint64_t avx2_reach(REACH_ARGUMENTS) {
+    const __m256i minus = _mm256_set1_epi32(query->correction[stage]);
+    const __m256 scale = _mm256_set1_ps(query->scale), errors = _mm256_set1_ps(query->error);
+    const __m256 least = _mm256_set1_ps(query->threshold);
+    uint64_t reached = 0;
+    for (int row = 0; row < PANEL; row += 8) {
+        __m256i dot = _mm256_loadu_si256((const __m256i *)(dots + row));
+        if (stage == BY_HEAD) dot = _mm256_slli_epi32(dot, 2);
+        dot = _mm256_sub_epi32(dot, minus);
+        const __m256 rows = _mm256_loadu_ps(shard->scale + at + row);
+        const __m256 middle = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale), rows);
+        __m256 width = _mm256_fmadd_ps(errors, _mm256_loadu_ps(shard->norm + at + row),
+                                       _mm256_loadu_ps(shard->error + at + row));
+        if (stage != BY_ALL)
+            width = _mm256_fmadd_ps(_mm256_set1_ps(query->beyond[stage]),
+                                    _mm256_loadu_ps(shard->beyond[stage] + at + row), width);
+        const __m256 there = _mm256_cmp_ps(_mm256_add_ps(middle, width), least, _CMP_GE_OQ);
+        reached |= (uint64_t)(uint32_t)_mm256_movemask_ps(there) << row;
+    }
+    return reached;
 }
-ON_AVX2 static float avx2_heads(HEAD_ARGUMENTS) {
-    return heads_of(dots, shard, panel, query, looks, peak);
+
+ON_AVX2 static int avx2_peaks(PEAKS_ARGUMENTS) {
+    return peaks_of(dots, shard, panel, query, stage, looks, peaks);
 }
 
 ON_AVX2 static void avx2_turn(const double *vectors, int64_t stride, const float *columns,
@@ -461,78 +519,103 @@ ON_AVX2 static double avx2_product(const double *query, const void *row, int64_t
     _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots), _mm512_set1_ps(query->scale)), \
                   _mm512_loadu_ps(scales))
 
-ON_VNNI static int vnni_bounds(ARGUMENTS) {
-    const int64_t at = panel * PANEL;
+ON_VNNI static uint64_t vnni_reach(REACH_ARGUMENTS) {
     const __m512 least = _mm512_set1_ps(query->threshold), errors = _mm512_set1_ps(query->error);
-    const __m512i minus = _mm512_set1_epi32(query->correction);
-    __m512 middle[4], width[4];
-    int count = 0;
-    for (int part = 0; part < 4; part++) {
-        const int64_t here = at + part * 16;
-        __m512i dot = _mm512_loadu_si512(dots + part * 16);
-        if (tail)
-            dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 2), _mm512_loadu_si512(tail + part * 16));
-        middle[part] = VNNI_SCORES(_mm512_sub_epi32(dot, minus), query, shard->scale + here);
-        width[part] = _mm512_fmadd_ps(errors, _mm512_loadu_ps(shard->norm + here),
-                                      _mm512_loadu_ps(shard->error + here));
-        count += __builtin_popcount(_mm512_cmp_ps_mask(
-            _mm512_add_ps(middle[part], width[part]), least, _CMP_GE_OQ));
+    const __m512 beyond = _mm512_set1_ps(stage == BY_ALL ? 0 : query->beyond[stage]);
+    const __m512i minus = _mm512_set1_epi32(query->correction[stage]);
+    uint64_t reached = 0;
+    for (int part = 0; part < QUARTERS; part++) {
+        const int64_t here = at + part * QUARTER;
+        __m512i dot = _mm512_loadu_si512(dots + part * QUARTER);
+        if (stage == BY_HEAD) dot = _mm512_slli_epi32(dot, 2);
+        dot = _mm512_sub_epi32(dot, minus);
+        const __m512 middle = VNNI_SCORES(dot, query, shard->scale + here);
+        __m512 width = _mm512_fmadd_ps(errors, _mm512_loadu_ps(shard->norm + here),
+                                       _mm512_loadu_ps(shard->error + here));
+        if (stage != BY_ALL)
+            width = _mm512_fmadd_ps(beyond, _mm512_loadu_ps(shard->beyond[stage] + here), width);
+        const __mmask16 there =
+            _mm512_cmp_ps_mask(_mm512_add_ps(middle, width), least, _CMP_GE_OQ);
+        reached |= (uint64_t)there << (part * QUARTER);
     }
-    if (!count) return 0;
-    for (int part = 0; part < 4; part++) {
-        _mm512_store_ps(out->upper + part * 16, _mm512_add_ps(middle[part], width[part]));
-        _mm512_store_ps(out->lower + part * 16, _mm512_sub_ps(middle[part], width[part]));
-    }
-    return count;
+    return reached;
 }
 
-ON_VNNI static float vnni_heads(HEAD_ARGUMENTS) {
+ON_VNNI static int vnni_peaks(PEAKS_ARGUMENTS) {
     const int64_t at = panel * PANEL;
-    const __m512 errors = _mm512_set1_ps(query->error), rest = _mm512_set1_ps(query->tail_norm);
-    const __m512i minus = _mm512_set1_epi32(query->head_correction);
-    __m512 best = _mm512_set1_ps(-INFINITY), look = best;
-    for (int part = 0; part < 4; part++) {
-        const int64_t here = at + part * 16;
-        const __m512 own = _mm512_loadu_ps(shard->error + here);
-        const __m512 error = _mm512_fmadd_ps(errors, _mm512_loadu_ps(shard->norm + here), own);
-        const __m512 width = _mm512_fmadd_ps(rest, _mm512_loadu_ps(shard->tail_norm + here), error);
-        const __m512i dot = _mm512_sub_epi32(_mm512_loadu_si512(dots + part * 16), minus);
-        const __m512 middle = VNNI_SCORES(_mm512_slli_epi32(dot, 2), query, shard->scale + here);
-        const __m512 alive = _mm512_add_ps(middle, _mm512_min_ps(own, _mm512_setzero_ps()));
-        _mm512_storeu_ps(looks + part * 16, alive);
-        look = _mm512_max_ps(look, alive);
-        best = _mm512_max_ps(best, _mm512_add_ps(middle, width));
+    const __m512 errors = _mm512_set1_ps(query->error);
+    const __m512 beyond = _mm512_set1_ps(query->beyond[stage]);
+    const __m512i minus = _mm512_set1_epi32(query->correction[stage]);
+    const __m128i shift = _mm_cvtsi32_si128(stage == BY_HEAD ? 2 : 0);
+    __m512 upper[QUARTERS], look = _mm512_set1_ps(-INFINITY);
+    for (int part = 0; part < QUARTERS; part++) {
+        const int64_t here = at + part * QUARTER;
+        const __m512 width =
+            _mm512_fmadd_ps(beyond, _mm512_loadu_ps(shard->beyond[stage] + here),
+                            _mm512_fmadd_ps(errors, _mm512_loadu_ps(shard->norm + here),
+                                            _mm512_loadu_ps(shard->error + here)));
+        const __m512i dot = _mm512_sll_epi32(_mm512_loadu_si512(dots + part * QUARTER), shift);
+        const __m512 middle =
+            VNNI_SCORES(_mm512_sub_epi32(dot, minus), query, shard->scale + here);
+        look = _mm512_max_ps(look, middle);
+        upper[part] = _mm512_add_ps(middle, width);
     }
-    *peak = _mm512_reduce_max_ps(best);
-    return _mm512_reduce_max_ps(look);
+    /* The largest of each sixteen: halves, then quarters of two and of four vectors side by side. */
+#define VNNI_FOLD(a, b) \
+    _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee))
+    const __m512 first = VNNI_FOLD(upper[0], upper[1]), second = VNNI_FOLD(upper[2], upper[3]);
+    __m512 best = _mm512_max_ps(_mm512_shuffle_f32x4(first, second, 0x88),
+                                _mm512_shuffle_f32x4(first, second, 0xdd));
+    best = _mm512_max_ps(best, _mm512_permute_ps(best, 0x4e));
+    best = _mm512_max_ps(best, _mm512_permute_ps(best, 0xb1)); /* in each lane, four times */
+    const __m512i pick = _mm512_set_epi32(12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 8, 4, 0);
+    _mm_storeu_ps(peaks, _mm512_castps512_ps128(_mm512_permutexvar_ps(pick, best)));
+    return _mm512_cmp_ps_mask(look, _mm512_set1_ps(looks), _CMP_GT_OQ) != 0;
+}
+
+/* Past the cache, if lines are whole: they are not read again for a while. */
+ON_VNNI static void vnni_keep(const int32_t *dots, int32_t *kept) {
+    if ((uintptr_t)kept % 64) {
+        plain_keep(dots, kept);
+        return;
+    }
+    for (int part = 0; part < QUARTERS; part++)
+        _mm512_stream_si512((__m512i *)(kept + part * QUARTER),
+                            _mm512_loadu_si512(dots + part * QUARTER));
 }
 #endif
 
 /* The variants that a level runs. */
 static kernels choose_kernels(int64_t level) {
-    kernels chosen = {.dots = TABLE_OF(plain_dots), .bounds = plain_bounds, .heads = plain_heads,
+    kernels chosen = {.dots = TABLE_OF(plain_dots), .single = plain_dots_1, .reach = plain_reach, .peaks = plain_peaks,
+                      .keep = plain_keep,
                       .product = plain_product, .turn = plain_turn};
 #if defined(ON_AVX2)
     static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
     chosen.flips = level == AVX2;
     if (level >= AVX2) {
         memcpy(chosen.dots, avx2, sizeof avx2);
-        chosen.bounds = avx2_bounds;
-        chosen.heads = avx2_heads;
+        chosen.single = avx2_dots_1;
+        chosen.reach = avx2_reach;
+        chosen.peaks = avx2_peaks;
         chosen.product = avx2_product;
         chosen.turn = avx2_turn;
     }
     if (level >= AVX512_VNNI) {
         memcpy(chosen.dots, vnni, sizeof vnni);
-        chosen.streams = vnni_streams;
-        chosen.bounds = vnni_bounds;
-        chosen.heads = vnni_heads;
+        chosen.single = vnni_single;
+        chosen.reach = vnni_reach;
+        chosen.peaks = vnni_peaks;
+        chosen.keep = vnni_keep;
         chosen.turn = vnni_turn;
     }
 #elif defined(ON_DOT)
     static const dots_function neon[] = TABLE_OF(neon_dots);
     chosen.flips = level >= NEON_DOT;
-    if (level >= NEON_DOT) memcpy(chosen.dots, neon, sizeof neon);
+    if (level >= NEON_DOT) {
+        memcpy(chosen.dots, neon, sizeof neon);
+        chosen.single = neon_dots_1;
+    }
 #endif
     (void)level;
     return chosen;

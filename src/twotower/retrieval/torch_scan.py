@@ -104,7 +104,7 @@ class TorchScan(CodedScan):
         """Codes, scales, errors and norms of some rows, and the position of the first."""
         step = min(max(PRODUCTS // num_queries, 1024), BLOCK_ROWS)
         for shard in self.coded.store.shards:
-            columns = (shard.codes, shard.scale, shard.error, shard.norm)
+            columns = (shard.codes[0], shard.scale, shard.error, shard.norm)
             tensors = [torch.from_numpy(column) for column in columns]
             used = -(-shard.used // GROUP) * GROUP
             for start in range(0, used, step):
