@@ -28,6 +28,11 @@ class BenchmarkConfig(Section):
         "`exact`, `exact:torch` (a tier of it), and FAISS factory strings; Flat is measured as it "
         "is and tuned",
     )
+    saved: list[str] = setting(
+        [],
+        "folders of indexes of the store that `twotower index` saved: each is opened and measured "
+        "as a search would use it",
+    )
     nprobe: list[int] = setting([1, 4, 16, 64], "values tried of each IVF index, a curve", ge=1)
     ef_search: list[int] = setting([16, 64, 256], "values tried of each HNSW index, a curve", ge=1)
     queries: list[int] = setting([1, 16, 256], "batch sizes: queries a call", ge=1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from twotower.commands import benchmark as command
 from twotower.config import Config, FreeText
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.benchmark import limits, rounds
+from twotower.retrieval.benchmark.building import open_saved
 from twotower.retrieval.benchmark.data import (
     StoreData,
     SyntheticData,
@@ -27,6 +29,7 @@ from twotower.retrieval.benchmark.run import busy, run
 from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig
+from twotower.retrieval.indexing import index_store
 from twotower.settings import ConfigError
 
 FILES = [
@@ -263,3 +266,30 @@ def test_k_is_a_number_or_several(k: object, values: list[int]) -> None:
 def test_what_is_no_number_of_results_is_refused(k: object, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         BenchmarkConfig(k=k)
+
+
+def test_saved_indexes_take_part_as_they_were_saved(config: Config, tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in ("graph", "codes")]
+    asked = (FaissConfig(factory="HNSW8", ef_search=7), FaissConfig(factory="SQ8", rerank=2))
+    for folder, index in zip(folders, asked, strict=True):
+        index = dataclasses.replace(index, folder=folder)
+        index_store(dataclasses.replace(config, index=index), FreeText())
+    section = {"indexes": ["exact"], "queries": [2], "saved": folders}
+    command.run(with_benchmark(config, **section), FreeText())
+    rows = json_lines(Path(config.run.logs_dir) / "run" / "benchmark")["measurement"]
+    assert [(row["index"], row["setting"]) for row in rows] == [
+        ("exact", ""),
+        ("graph", ""),
+        ("codes", ""),
+    ]
+    assert rows[2]["text_recall"] == rows[2]["image_recall"] == 1.0
+    assert all(row["p50_ms"] for row in rows)
+    twins = [str(tmp_path / name / "same") for name in ("one", "other")]
+    for twin in twins:
+        shutil.copytree(folders[0], twin)
+    data = open_data(config)
+    assert list(open_saved([*twins, folders[1]], config.index, data)) == [*twins, "codes"]
+    with pytest.raises(ConfigError, match="holds no index"):
+        open_saved([str(tmp_path / "nothing")], config.index, data)
+    with pytest.raises(ConfigError, match="indexes are saved of stores"):
+        open_saved(folders, config.index, SyntheticData(30, 8, seed=1))

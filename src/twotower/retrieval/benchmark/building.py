@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """An index, the seconds that it took from rows in memory, and its bytes."""
+    """An index, the seconds that it took from rows in memory or a saved folder, and its bytes."""
 
     index: VectorIndex
     seconds: float
@@ -140,3 +142,20 @@ def build_all(
             log.warning("%s", error)
             notes[name] = str(error)
     return exact.index, built, notes
+
+
+def open_saved(folders: Sequence[str], like: IndexConfig, data: Data) -> dict[str, Built]:
+    """The saved indexes, by the names of their folders, or by their paths where names are equal.
+
+    Raises:
+        ConfigError: a folder has no index of these rows.
+    """
+    names = [Path(os.path.abspath(folder)).name for folder in folders]
+    opened = {}
+    for name, folder in zip(names, folders, strict=True):
+        log.info("opening %s", folder)
+        start = time.perf_counter()
+        index = data.saved(folder, like)
+        built = Built(index, time.perf_counter() - start, index.nbytes)
+        opened[name if names.count(name) == 1 else folder] = built
+    return opened

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from twotower.benchmark_config import BenchmarkConfig, QueryKind
-from twotower.config import Config
+from twotower.config import Config, IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.retrieval.build import gather, sample_positions, shards_of, store_fingerprint
-from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray, Modality
+from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray, Modality, VectorIndex
+from twotower.retrieval.kept import open_named
 from twotower.retrieval.synthetic import ClipLike
 from twotower.runs import store_path
 from twotower.settings import ConfigError
@@ -49,6 +51,9 @@ class Data(Protocol):
 
     def queries(self, count: int, seed: int) -> dict[QueryKind, Queries]:
         """At most `count` queries of each kind that there is."""
+
+    def saved(self, folder: str, config: IndexConfig) -> VectorIndex:
+        """The index of these rows that a folder holds, whatever kind it is of."""
 
 
 class StoreData:
@@ -93,6 +98,15 @@ class StoreData:
             found[QueryKind.text] = Queries(texts, "captions of the store")
         return found
 
+    def saved(self, folder: str, config: IndexConfig) -> VectorIndex:
+        """The index of the store that was saved there.
+
+        Raises:
+            ConfigError: there is none, or it is of other rows.
+        """
+        named = dataclasses.replace(config, folder=folder)
+        return open_named(named, self._store, Modality.images)
+
     def _rows(self, modality: Modality, positions: IdArray) -> FloatArray:
         return gather(shards_of(self._store, modality), positions).astype(np.float32)
 
@@ -126,6 +140,17 @@ class SyntheticData:
             QueryKind.image: Queries(self._made.queries(count, cross=False), "synthetic pictures"),
             QueryKind.text: Queries(self._made.queries(count, cross=True), "synthetic texts"),
         }
+
+    def saved(self, folder: str, config: IndexConfig) -> VectorIndex:
+        """There is none: nothing is saved of synthetic rows.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"benchmark.saved names {folder}, but indexes are saved of stores; leave out "
+            "benchmark.rows"
+        )
 
 
 def open_data(config: Config) -> Data:

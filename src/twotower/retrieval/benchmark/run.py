@@ -13,8 +13,8 @@ from twotower.benchmark_config import QueryKind
 from twotower.config import Config
 from twotower.console import progress
 from twotower.retrieval.benchmark import compare
-from twotower.retrieval.benchmark.building import Built, build_all
-from twotower.retrieval.benchmark.contenders import Cell, Contender, contenders_of, label
+from twotower.retrieval.benchmark.building import Built, build_all, open_saved
+from twotower.retrieval.benchmark.contenders import Cell, Contender, Plain, contenders_of, label
 from twotower.retrieval.benchmark.data import Data, draw_queries, open_data, timed_kind
 from twotower.retrieval.benchmark.limits import Limits, Rates
 from twotower.retrieval.benchmark.measurement import Measurement, Results, measured, not_measured
@@ -69,11 +69,14 @@ def run(config: Config, data: Data) -> tuple[Results, bool]:
         "seed": config.seed,
         **environment(),
     }
+    saved = open_saved(section.saved, config.index, data)
     exact, built, notes = build_all(section.indexes, config.index, data, config.seed)
     contenders = {
         name: contenders_of(name, built[name].index, section) if name in built else []
         for name in dict.fromkeys(section.indexes)
     }
+    contenders.update({name: [Plain(name, each.index)] for name, each in saved.items()})
+    built.update(saved)
     everyone = [one for group in contenders.values() for one in group]
     truths = {each: Truth(exact, found, section.recall_queries) for each, found in queries.items()}
     recalls = _recalls(everyone, truths, section.k_values)
