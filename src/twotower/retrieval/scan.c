@@ -116,6 +116,7 @@ static void raise_threshold(worker *self, int64_t query, float value) {
 static void keep_lower(worker *self, int64_t query, float lower) {
     query_state *state = self->states + query;
     const int64_t k = self->job->k;
+    if (lower <= state->asked.threshold) return; /* k rows are better, perhaps of other threads */
     if (state->in_heap < k) {
         int64_t place = state->in_heap++;
         while (place && state->heap[(place - 1) / 2] > lower) {
