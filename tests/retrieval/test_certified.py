@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,12 +88,15 @@ class Staged(NativeScan):
         super().__init__(rows, level, tail_energy=1.0, staged_rows=0)
         self._experience = Settled(stage)
 
+    def _may_stage(self, count: int, k: int) -> bool:
+        return self.coded.store.head < self.coded.store.width
+
     def _take_scratch(self, count: int) -> Scratch:
         return Scratch.of(count, panels=5)
 
 
 class Settled(StageExperience):
-    """Always the same, and what it took."""
+    """Always the same, whatever it took."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class Case(NamedTuple):
 @st.composite
 def searches(draw: st.DrawFn, largest: int = 3000) -> Case:
     """A search; the work of brute force is bounded."""
-    dim = draw(st.sampled_from([1, 2, 3, 7, 8, 63, 64, 65, 100, 512, 1000, 4096]))
+    dim = draw(st.sampled_from([1, 2, 3, 7, 8, 32, 63, 64, 65, 100, 512, 1000, 4096]))
     count = draw(st.sampled_from([1, 2, 63, 64, 65, 200, 1023, 1025, largest]))
     count = min(count, 4_000_000 // dim)
     most = max(1, min(300, 40_000_000 // (count * dim)))
@@ -196,6 +200,7 @@ def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
     if len(tier.split()) == 3:
         assert index._scan is not None
         assert index._scan.coded.store.parts[0] == (0, 16)
+        assert index._scan._may_stage(9, 15)
     want = brute_force(unit_rows(rows), np.arange(2500), queries, 15, Metric.cosine)
     for count in (1, 2, 5):
         with num_threads(count):
@@ -416,6 +421,36 @@ def test_a_search_in_stages_reads_few_of_the_codes(
     assert len(seen) == 1
     assert seen[0] is not None
     assert 0.25 < seen[0] < most
+
+
+def test_memory_of_searches_before_will_do_for_any_number_of_queries() -> None:
+    rng = np.random.default_rng(0)
+    rows, queries = rows_of("clip", 3000, 64, rng), rows_of("clip", 40, 64, rng)
+    index = make("native 0", 64)
+    scan = NativeScan(index._rows, native.level(), tail_energy=1.0, staged_rows=0)
+    index._scan = scan
+    index.add(rows)
+    want = brute_force(unit_rows(rows), np.arange(3000), queries, 10, Metric.cosine)
+    for stage in (Stage.head, Stage.front):
+        scan._experience = Settled(stage)
+        for count in (1, 7, 1, 20, 2, 1, 40):
+            assert_same(index.search(queries[:count], 10), SearchResult(*(a[:count] for a in want)))
+    kept = {single: scratch.peaks.ctypes.data for single, scratch in scan._scratch.items()}
+    for count in (1, 7, 1):
+        index.search(queries[:count], 10)
+    assert {single: each.peaks.ctypes.data for single, each in scan._scratch.items()} == kept
+    assert set(kept) == {True, False}
+    index.add(rows_of("clip", 9000, 64, rng))  # it is too small now
+    single = index.search(queries[:1], 10)
+    scan._experience = Settled(Stage.all)
+    assert_same(index.search(queries[:1], 10), single)
+    with ThreadPoolExecutor(4) as pool:
+        scan._experience = Settled(Stage.head)
+        batches = [queries[start : start + 1 + start % 3] for start in range(36)]
+        found = list(pool.map(lambda batch: index.search(batch, 10), batches))
+    scan._experience = Settled(Stage.all)
+    for batch, each in zip(batches, found, strict=True):
+        assert_same(each, index.search(batch, 10))
 
 
 def test_what_was_fastest_for_searches_like_it_is_done_again() -> None:

@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.retrieval.certificate import CodedRows, Float64Array, QueryCodes
-from twotower.retrieval.codes import PANEL, Bytes, Shard, huge_pages
+from twotower.retrieval.codes import PANEL, QUARTER, Bytes, Shard, huge_pages
 from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
 
 log = logging.getLogger(__name__)
 
-PEAKS = 4  # numbers that are kept of a panel and query where not all is read at once
-DOTS = 64  # and of a panel where there is one query
-GROUP_BYTES = 1 << 23  # of codes that a thread takes at a time, at most
+PEAKS = PANEL // QUARTER  # kept of a panel and query where not all is read at once
+STREAM_BYTES = 1 << 23  # of codes that a thread takes at a time, at most
 TURNED = 4  # vectors that are rotated at once
 
 
@@ -35,7 +34,7 @@ class Stage(enum.IntEnum):
 
 
 class Scratch(NamedTuple):
-    """Memory for what the first stage says: PEAKS a panel and query, DOTS a panel of one query.
+    """Memory for what the first stage says: PEAKS a panel and query, PANEL a panel of one query.
 
     It may be for fewer panels than there are, and for none if all codes are read at once.
     """
@@ -49,7 +48,7 @@ class Scratch(NamedTuple):
         """For so many queries and panels."""
         single = panels if count == 1 else 0
         peaks = huge_pages(4 * PEAKS * count * panels).view(np.float32)
-        return cls(peaks, huge_pages(4 * DOTS * single).view(np.int32), huge_pages(single))
+        return cls(peaks, huge_pages(4 * PANEL * single).view(np.int32), huge_pages(single))
 
 
 class _Shard(Structure):
@@ -102,7 +101,8 @@ class CodedQueries(NamedTuple):
 class Found(NamedTuple):
     """Positions (Q, k) of the best rows, -1 beyond them, their scores, and the work it took.
 
-    `read` is the share of the codes that was read, where that was not done at once.
+    `read` is the share of the codes that was read, where that was not done at once; what is read
+    again counts twice.
     """
 
     position: IdArray

@@ -15,7 +15,7 @@ from twotower.retrieval.candidates import Best, Candidates
 from twotower.retrieval.certificate import TAIL_ENERGY, Float64Array, Frame
 from twotower.retrieval.certified_scan import CodedScan
 from twotower.retrieval.codes import PANEL
-from twotower.retrieval.native import DOTS, PEAKS, Scratch, Stage
+from twotower.retrieval.native import PEAKS, Scratch, Stage
 from twotower.retrieval.rows import Rows
 
 NATIVE_QUERIES = 512  # queries a call: what a thread keeps of them stays in the cache
@@ -23,9 +23,9 @@ MOST_SCRATCH = 1 << 25  # numbers, 128 MB, kept between searches
 NOTHING = Scratch.of(0, 0)
 STAGED_ROWS = 1 << 18  # from so many rows on stages are worth a phase of their own
 ROWS_A_RESULT = 256  # and from so many for each of the k results
-MOST_RESULTS = 1 << 17  # of all queries, for each of which four rows are scored first
+MOST_RESULTS = 1 << 17  # of all queries, for each of which two rows are scored first
 REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this size; those with the nearest tails decide
-EXPLORE = 32  # one search of so many is done in the way that was asked least
+EXPLORE = 32  # one search of so many tries the ways in turn
 KEPT = 1 << 22  # lower bounds and candidates that all threads keep together, at most
 
 
@@ -86,7 +86,7 @@ class NativeScan(CodedScan):
         super().__init__(rows, packed=True, tail_energy=tail_energy)
         self._level = native.level() if level is None else level
         self._staged_rows = staged_rows
-        self._scratch: list[Scratch] = []  # of searches that are over
+        self._scratch: dict[bool, Scratch] = {}  # of the last searches of one query, and of several
         self._experience = StageExperience()
 
     def query_block(self, k: int) -> int:
@@ -99,16 +99,14 @@ class NativeScan(CodedScan):
         Fresh pages for each search would cost as much as a tenth of it.
         """
         store = self.coded.store
-        group = native.GROUP_BYTES // (64 * store.width) + 1  # a shard's last one is counted whole
+        # A shard's last group counts as a whole one.
+        group = native.STREAM_BYTES // (PANEL * store.head) + 1
         panels = sum(shard.places // PANEL + group for shard in store.shards)
-        panels = min(panels, MOST_SCRATCH // (PEAKS * count + DOTS * (count == 1)))
-        try:
-            last = self._scratch.pop()
-        except IndexError:  # the first search, or another thread has it
-            return Scratch.of(count, panels)
-        enough = last.peaks.size >= PEAKS * count * panels
-        enough &= count > 1 or last.dots.size * PEAKS >= last.peaks.size * DOTS
-        return last if enough else Scratch.of(count, panels)
+        panels = min(panels, MOST_SCRATCH // (PEAKS * count + PANEL * (count == 1)))
+        last = self._scratch.pop(count == 1, None)  # unless another thread has it
+        if last is not None and last.peaks.size >= PEAKS * count * panels:
+            return last
+        return Scratch.of(count, panels)
 
     def _may_stage(self, count: int, k: int) -> bool:
         """Whether there are a tail, and rows enough."""
@@ -142,7 +140,7 @@ class NativeScan(CodedScan):
             seconds = time.perf_counter() - started
             self._experience.learn(len(queries), k, tail, stage, seconds)
         if scratch is not NOTHING:
-            self._scratch = [scratch]
+            self._scratch[len(queries) == 1] = scratch
         query = np.repeat(np.arange(len(queries)), k)
         score = found.score.reshape(-1)
         return Best(Candidates(query, found.position.reshape(-1), score, score), score)

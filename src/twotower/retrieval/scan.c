@@ -10,12 +10,12 @@
  * Codes lie in panels of 64 rows, a quarter of them together: [4][dim / 4][16][4] bytes, each
  * p + 128.
  *
- * Where few dimensions hold most of the energy, codes have three parts, in panels of their own: the
- * head, which are those dimensions at twice the scale (of rows and queries: four times in products),
- * and the tail's front and back. By Cauchy and Schwarz the tail adds at most |tail of q| |tail of x|
- * to what the head says, and the back at most |back of q| |back of x| to what both say. So a search
- * can rule out most rows before it has read their codes to the end, if queries are like few of them.
- * It has phases then, if it is asked for them and given the memory:
+ * Where few dimensions hold most of the energy, codes have three parts, in panels of their own:
+ * the head, which are those dimensions at twice the scale (of rows and queries: four times in
+ * products), and the front and the back of the tail. By Cauchy and Schwarz the tail adds at most
+ * |tail of q| |tail of x| to what the head says, and the back at most |back of q| |back of x| to
+ * what both say. So a search can rule out most rows before it has read their codes to the end, if
+ * queries are like few of them. It has phases then, if it is asked for them and given the memory:
  *   first   the best bound of each quarter of a panel, by its head, or by head and front;
  *   seed    the rows that look best, scored, make a threshold;
  *   open    what is left of the quarters whose bound reaches it, the front before the back;
@@ -40,7 +40,7 @@
 #define TURN_VECTORS 32 /* a thread rotates so many, at least */
 #define STREAMS QUARTERS /* places that one query reads from at once: one alone does not fill the
                           * memory's channels */
-#define AHEAD 4 /* panels whose tails are asked for before it is their turn */
+#define AHEAD 4 /* panels that are asked for before they are opened */
 #define ROWS_AHEAD 4 /* rows that are asked for before they are scored */
 #define SEEDS(k) (2 * (k) + 44) /* rows that look best, of which the k best make a threshold */
 
@@ -68,7 +68,8 @@ typedef struct {
     int64_t num_peaks;
     int64_t *position; /* (Q, k), -1 where there are fewer rows */
     double *score;     /* (Q, k) */
-    int64_t *count;    /* rows collected, rows re-ranked; by heads, words of quarters, those spared */
+    int64_t *count;    /* rows collected, rows re-ranked; in phases, words of quarters, and those
+                        * that were spared */
 } tt_job;
 
 typedef struct { /* one query in one thread */
@@ -77,7 +78,7 @@ typedef struct { /* one query in one thread */
     exact *best; /* the k best of those re-ranked already, the worst first */
     int64_t in_heap, num_found, room, num_best;
     tt_asked asked;
-    candidate *seeds; /* the rows that look best by their heads, the worst first */
+    candidate *seeds; /* the rows that look best by what was read first, the worst first */
     int64_t num_seeds;
 } query_state;
 
@@ -334,53 +335,78 @@ typedef struct {
 } passage;
 
 static int num_open(const passage *here, int width) {
-    static const int bits[1 << QUARTERS] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
     int count = 0;
-    for (int i = 0; i < width; i++) count += bits[here->open[i]];
+    for (int i = 0; i < width; i++)
+        for (unsigned left = here->open[i]; left; left &= left - 1) count++;
     return count;
 }
 
-/* Read parts of the open quarters: of whole panels with several queries at once where most are
- * open, else of each query with its quarters. What the head says is times four before the front is
- * added. */
-static void read_on(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
-                    int from, int to, passage *here) {
-    const tt_job *job = self->job;
+/* Add products of some quarters to what is known of them. What the head says is times four before
+ * the front is added. */
+static void add_dots(int32_t *dots, const int32_t *more, const int *quarters, int count, int from) {
+    const int factor = from == FRONT ? 4 : 1;
+    for (int i = 0; i < count; i++)
+        for (int row = 0; row < QUARTER; row++) {
+            int32_t *dot = dots + quarters[i] * QUARTER + row;
+            *dot = *dot * factor + more[i * QUARTER + row];
+        }
+}
+
+/* Read parts of the quarters that one query has open. */
+static void read_quarters(worker *self, const tt_shard *shard, int64_t panel, const int32_t *codes,
+                          int from, int to, unsigned open, int32_t *dots) {
+    tt_panel parts[PARTS];
+    int32_t more[PANEL] __attribute__((aligned(64)));
+    int quarters[QUARTERS], count = 0;
+    for (int quarter = 0; quarter < QUARTERS; quarter++)
+        if (open >> quarter & 1) quarters[count++] = quarter;
+    for (int part = from; part <= to; part++) {
+        parts[part - from] = (tt_panel){.words = self->job->part[part]};
+        for (int i = 0; i < QUARTERS; i++) /* what is too much is read twice */
+            parts[part - from].quarters[i] =
+                quarter_at(self->job, shard, panel, quarters[i < count ? i : 0], part);
+    }
+    const dots_function read = count > 1 ? self->does.dots[1] : self->does.single;
+    read(parts, to - from + 1, &codes, &more);
+    add_dots(dots, more, quarters, count, from);
+}
+
+/* Read parts of a whole panel for several queries. */
+static void read_together(worker *self, const tt_shard *shard, int64_t panel,
+                          const int32_t *const *codes, const int *which, int count, int from,
+                          int to, passage *here) {
+    static const int every[QUARTERS] = {0, 1, 2, 3};
     tt_panel parts[PARTS];
     int32_t more[TILE][PANEL] __attribute__((aligned(64)));
+    parts_of(self->job, shard, panel, from, to, parts);
+    self->does.dots[count](parts, to - from + 1, codes, more);
+    for (int i = 0; i < count; i++)
+        add_dots(here->dots[which[i]], more[i], every, QUARTERS, from);
+}
+
+/* Read parts of the open quarters: of whole panels with several queries at once where most are
+ * open, else of each query with its quarters. */
+static void read_on(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
+                    int from, int to, passage *here) {
     const int32_t *codes[TILE];
-    int which[TILE], count = 0, shift = from == FRONT ? 2 : 0;
+    int which[TILE], count = 0;
     int64_t before = 0, words = 0;
-    for (int part = 0; part <= to; part++) *(part < from ? &before : &words) += job->part[part];
+    for (int part = 0; part <= to; part++)
+        *(part < from ? &before : &words) += self->job->part[part];
     for (int i = 0; i < queries->width; i++)
         if (here->open[i]) {
             codes[count] = queries->codes[i] + before;
             which[count++] = i;
         }
-    const int open = num_open(here, queries->width), together = 3 * open >= 8 * count && count > 1;
+    const int open = num_open(here, queries->width);
     self->spared -= open * words;
-    parts_of(job, shard, panel, from, to, parts);
-    if (together) self->does.dots[count](parts, to - from + 1, codes, more);
-    for (int i = 0; i < count; i++) {
-        int32_t *dots = here->dots[which[i]];
-        int quarters[QUARTERS] = {0, 1, 2, 3}, num = QUARTERS;
-        if (!together) {
-            num = 0;
-            for (int quarter = 0; quarter < QUARTERS; quarter++)
-                if (here->open[which[i]] >> quarter & 1) quarters[num++] = quarter;
-            for (int part = from; part <= to; part++)
-                for (int j = 0; j < QUARTERS; j++) /* what is too much is read twice */
-                    parts[part - from].quarters[j] =
-                        quarter_at(job, shard, panel, quarters[j < num ? j : 0], part);
-            (num > 1 ? self->does.dots[1] : self->does.single)(parts, to - from + 1, codes + i,
-                                                               more + i);
-        }
-        for (int j = 0; j < num; j++)
-            for (int row = 0; row < QUARTER; row++) {
-                int32_t *dot = dots + quarters[j] * QUARTER + row;
-                *dot = *dot * (1 << shift) + more[i][j * QUARTER + row];
-            }
+    if (count > 1 && 3 * open >= 8 * count) {
+        read_together(self, shard, panel, codes, which, count, from, to, here);
+        return;
     }
+    for (int i = 0; i < count; i++)
+        read_quarters(self, shard, panel, codes[i], from, to, here->open[which[i]],
+                      here->dots[which[i]]);
 }
 
 /* Which rows of the open quarters can still be among the best of a query, the tile's i-th. */
@@ -498,6 +524,12 @@ static void *scan(void *argument) {
     return 0;
 }
 
+/* The peaks of a panel of a group: (Q, QUARTERS). */
+static float (*peaks_at(const worker *self, const group *of, int64_t i))[QUARTERS] {
+    float(*peaks)[QUARTERS] = (float(*)[QUARTERS])self->job->peaks;
+    return peaks + (of->place + i) * self->job->num_queries;
+}
+
 /* Keep the rows of a panel that look best. */
 static void keep_seeds(worker *self, int64_t query, const tt_shard *shard, int64_t panel,
                        const int32_t *dots) {
@@ -528,10 +560,10 @@ static int note_first(worker *self, const tt_shard *shard, int64_t panel, int64_
  * them are made of a second time would take longer. */
 static void note_single(worker *self, const group *now, int64_t i, const int32_t *dots) {
     const int64_t place = now->place + i;
-    float *peaks = self->job->peaks + place * QUARTERS;
+    float *peaks = *peaks_at(self, now, i);
     const int kept = note_first(self, now->shard, now->first + i, 0, dots, peaks);
     self->job->kept[place] = (uint8_t)kept;
-    if (kept) self->does.keep(dots, self->job->dots + place * PANEL);
+    if (kept) memcpy(self->job->dots + place * PANEL, dots, sizeof *dots * PANEL);
 }
 
 /* The same for the panels of a group and one query; returns of how many. */
@@ -554,8 +586,7 @@ static void scan_first(worker *self, const group *now, int64_t i, const tile *qu
     const int to = last_part(job);
     tt_panel parts[PARTS];
     int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
-    float(*peaks)[QUARTERS] = (float(*)[QUARTERS])self->job->peaks;
-    peaks += (now->place + i) * job->num_queries + queries->from;
+    float(*peaks)[QUARTERS] = peaks_at(self, now, i) + queries->from;
     parts_of(job, now->shard, now->first + i, HEAD, to, parts);
     if (next_shard) bring_later(job, queries, next_shard, next, to, parts);
     self->does.dots[queries->width](parts, to + 1, queries->codes, dots);
@@ -644,9 +675,8 @@ static void take_openings(worker *self, openings *taken) {
     taken->count = 0;
     for (int64_t query = 0; query < queries; query++) heed_others(self, query);
     for (int64_t i = 0; i < taken->of.last - taken->of.first; i++) {
-        const float(*peaks)[QUARTERS] = (const float(*)[QUARTERS])self->job->peaks;
+        float(*peaks)[QUARTERS] = peaks_at(self, &taken->of, i);
         unsigned any = 0;
-        peaks += (taken->of.place + i) * queries;
         for (int64_t query = 0; query < queries; query++)
             any |= open_quarters(peaks[query], self->states[query].asked.threshold);
         if (any) taken->list[taken->count++] = (opening){i, any};
@@ -673,8 +703,7 @@ static void bring_opening(const worker *self, const openings *from, int64_t numb
 static void open_all(worker *self, const group *now, int64_t place) {
     const tt_job *job = self->job;
     const int64_t tiles = num_tiles(job), panel = now->first + place;
-    const float(*peaks)[QUARTERS] = (const float(*)[QUARTERS])self->job->peaks;
-    peaks += (now->place + place) * job->num_queries;
+    float(*peaks)[QUARTERS] = peaks_at(self, now, place);
     for (int64_t number = 0; number < tiles; number++) {
         const tile queries = make_tile(self, number, tiles);
         passage here = {.dots = {{0}}};
@@ -798,8 +827,9 @@ static int64_t group_size(const worker *self, int64_t panels, int phases) {
     return wanted > bytes ? wanted / bytes : 1;
 }
 
-/* All phases but the last, over as many groups at a time as there is room for; whether one failed. */
-static int scan_in_phases(worker *workers, int64_t threads, int64_t step) {
+/* All phases but the last, in steps of about as many groups, of which so many fit in the memory;
+ * whether one failed. */
+static int scan_in_phases(worker *workers, int64_t threads, int64_t fit) {
     const tt_job *job = workers->job;
     plan *plan = workers->plan;
     int failed = 0;
@@ -809,8 +839,9 @@ static int scan_in_phases(worker *workers, int64_t threads, int64_t step) {
             state->seeds = malloc(sizeof *state->seeds * (size_t)SEEDS(job->k));
             failed |= !state->seeds;
         }
-    for (int64_t first = 0; first < plan->groups && !failed; first += step) {
-        const int64_t end = first + step < plan->groups ? first + step : plan->groups;
+    const int64_t steps = (plan->groups + fit - 1) / fit;
+    for (int64_t step = 0; step < steps && !failed; step++) {
+        const int64_t first = step * plan->groups / steps, end = (step + 1) * plan->groups / steps;
         const int64_t few = threads < job->num_queries ? threads : job->num_queries;
         failed = run_groups(workers, threads, first_phase, first, end) ||
                  run_groups(workers, few, seed_all, first, end) ||
@@ -832,11 +863,12 @@ static int scan_all(worker *workers, int64_t threads) {
     for (int64_t i = 0; i < job->num_shards; i++)
         plan->groups += (job->shards[i].panels + plan->group - 1) / plan->group;
     if (!phases) return run_groups(workers, threads, scan, 0, plan->groups);
-    job->count[2] = panels * job->num_queries * QUARTERS * job->words;
-    job->count[3] = panels * job->num_queries * QUARTERS * job->part[BACK];
-    if (job->stage == BY_HEAD) job->count[3] += panels * job->num_queries * QUARTERS * job->part[FRONT];
-    const int64_t fit = room / plan->group;
-    return scan_in_phases(workers, threads, fit < plan->groups ? fit : plan->groups);
+    for (int part = 0; part < PARTS; part++) {
+        const int64_t words = panels * job->num_queries * QUARTERS * job->part[part];
+        job->count[2] += words;
+        if (part > last_part(job)) job->count[3] += words;
+    }
+    return scan_in_phases(workers, threads, room / plan->group);
 }
 
 static int prepare(worker *self, const tt_job *job, int64_t room) {

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define PANEL 64
-#define QUARTER 16 /* rows of a panel whose tails lie together */
+#define QUARTER 16 /* rows of a panel whose codes lie together */
 #define QUARTERS (PANEL / QUARTER)
 #define LINE (4 * QUARTER) /* bytes of a word */
 #define TILE 6
@@ -50,7 +50,6 @@ typedef uint64_t (*reach_function)(const int32_t *, const tt_shard *, int64_t, c
                                    int);
 typedef int (*peaks_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *, int,
                               float, float *);
-typedef void (*keep_function)(const int32_t *, int32_t *);
 typedef double (*product_function)(const double *, const void *, int64_t, int64_t, double *);
 typedef void (*turn_function)(const double *, int64_t, const float *, int64_t, double *);
 
@@ -59,7 +58,6 @@ typedef struct {
     dots_function single;         /* of one query and the first quarter, at least */
     reach_function reach;
     peaks_function peaks;
-    keep_function keep;
     product_function product;
     turn_function turn;
     int flips; /* dots are of p, not of p + 128 */
@@ -454,10 +452,6 @@ static int plain_peaks(PEAKS_ARGUMENTS) {
     return peaks_of(dots, shard, panel, query, stage, looks, peaks);
 }
 
-static void plain_keep(const int32_t *dots, int32_t *kept) {
-    memcpy(kept, dots, sizeof *dots * PANEL);
-}
-
 static double plain_product(const double *query, const void *row, int64_t dim, int64_t half,
                             double *scratch) {
     return product_of(query, row, dim, half, scratch);
@@ -560,7 +554,7 @@ ON_VNNI static int vnni_peaks(PEAKS_ARGUMENTS) {
         look = _mm512_max_ps(look, middle);
         upper[part] = _mm512_add_ps(middle, width);
     }
-    /* The largest of each sixteen: halves, then quarters of two and of four vectors side by side. */
+    /* The largest of each sixteen: of halves, then quarters, of vectors side by side. */
 #define VNNI_FOLD(a, b) \
     _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee))
     const __m512 first = VNNI_FOLD(upper[0], upper[1]), second = VNNI_FOLD(upper[2], upper[3]);
@@ -568,28 +562,16 @@ ON_VNNI static int vnni_peaks(PEAKS_ARGUMENTS) {
                                 _mm512_shuffle_f32x4(first, second, 0xdd));
     best = _mm512_max_ps(best, _mm512_permute_ps(best, 0x4e));
     best = _mm512_max_ps(best, _mm512_permute_ps(best, 0xb1)); /* in each lane, four times */
-    const __m512i pick = _mm512_set_epi32(12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 8, 4, 0);
+    const __m512i pick = _mm512_castsi128_si512(_mm_set_epi32(12, 8, 4, 0));
     _mm_storeu_ps(peaks, _mm512_castps512_ps128(_mm512_permutexvar_ps(pick, best)));
     return _mm512_cmp_ps_mask(look, _mm512_set1_ps(looks), _CMP_GT_OQ) != 0;
-}
-
-/* Past the cache, if lines are whole: they are not read again for a while. */
-ON_VNNI static void vnni_keep(const int32_t *dots, int32_t *kept) {
-    if ((uintptr_t)kept % 64) {
-        plain_keep(dots, kept);
-        return;
-    }
-    for (int part = 0; part < QUARTERS; part++)
-        _mm512_stream_si512((__m512i *)(kept + part * QUARTER),
-                            _mm512_loadu_si512(dots + part * QUARTER));
 }
 #endif
 
 /* The variants that a level runs. */
 static kernels choose_kernels(int64_t level) {
-    kernels chosen = {.dots = TABLE_OF(plain_dots), .single = plain_dots_1, .reach = plain_reach, .peaks = plain_peaks,
-                      .keep = plain_keep,
-                      .product = plain_product, .turn = plain_turn};
+    kernels chosen = {.dots = TABLE_OF(plain_dots), .single = plain_dots_1,
+                      .reach = plain_reach, .peaks = plain_peaks, .product = plain_product, .turn = plain_turn};
 #if defined(ON_AVX2)
     static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
     chosen.flips = level == AVX2;
@@ -606,7 +588,6 @@ static kernels choose_kernels(int64_t level) {
         chosen.single = vnni_single;
         chosen.reach = vnni_reach;
         chosen.peaks = vnni_peaks;
-        chosen.keep = vnni_keep;
         chosen.turn = vnni_turn;
     }
 #elif defined(ON_DOT)
