@@ -444,6 +444,15 @@ static void open_panel(worker *self, const tt_shard *shard, int64_t panel, const
     }
 }
 
+/* Begin to read what the bounds of a panel are made of. */
+static void bring_bounds(const tt_shard *shard, int64_t panel, int stage) {
+    const float *columns[] = {shard->scale, shard->error, shard->norm,
+                              stage == BY_ALL ? shard->norm : shard->beyond[stage]};
+    for (int column = 0; column < 4; column++)
+        for (int row = 0; row < PANEL; row += QUARTER)
+            __builtin_prefetch(columns[column] + panel * PANEL + row);
+}
+
 /* Parts of several panels for one query, whose time is that of reading: from several places. */
 static void read_streams(worker *self, const tt_shard *shard, const int64_t *panels,
                          const tile *one, int to, int32_t (*dots)[PANEL]) {
@@ -451,7 +460,7 @@ static void read_streams(worker *self, const tt_shard *shard, const int64_t *pan
         tt_panel parts[PARTS];
         int32_t made[PANEL] __attribute__((aligned(64)));
         for (int part = 0; part <= to; part++) {
-            parts[part] = (tt_panel){.words = self->job->part[part]};
+            parts[part] = (tt_panel){.words = self->job->part[part], .lines = QUARTERS};
             for (int i = 0; i < STREAMS; i++)
                 parts[part].quarters[i] = quarter_at(self->job, shard, panels[i], quarter, part);
         }
@@ -470,6 +479,7 @@ static int64_t scan_streams(worker *self, const tt_shard *shard, int64_t first, 
     for (int64_t step = 0; step < share; step++) {
         int64_t panels[STREAMS];
         for (int i = 0; i < STREAMS; i++) panels[i] = first + i * share + step;
+        for (int i = 0; i < STREAMS; i++) bring_bounds(shard, panels[i], BY_ALL);
         read_streams(self, shard, panels, one, to, dots);
         heed_others(self, 0);
         for (int i = 0; i < STREAMS; i++) note_rows(self, shard, panels[i], 0, dots[i]);
@@ -568,12 +578,14 @@ static void note_single(worker *self, const group *now, int64_t i, const int32_t
 
 /* The same for the panels of a group and one query; returns of how many. */
 static int64_t stream_first(worker *self, const group *now) {
+    const int stage = (int)self->job->stage;
     const tile one = make_tile(self, 0, 1);
     const int64_t share = (now->last - now->first) / STREAMS;
     int32_t dots[STREAMS][PANEL] __attribute__((aligned(64)));
     for (int64_t step = 0; step < share; step++) {
         int64_t panels[STREAMS];
         for (int i = 0; i < STREAMS; i++) panels[i] = now->first + i * share + step;
+        for (int i = 0; i < STREAMS; i++) bring_bounds(now->shard, panels[i], stage);
         read_streams(self, now->shard, panels, &one, last_part(self->job), dots);
         for (int i = 0; i < STREAMS; i++) note_single(self, now, i * share + step, dots[i]);
     }

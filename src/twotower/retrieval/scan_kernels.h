@@ -35,7 +35,8 @@ typedef struct { /* what bounds need to know of a query */
 
 /* Codes of four times 16 rows, so many words of four dimensions; `next` are those of a panel that
  * comes later, one quarter behind the other: of each word so many lines are brought from memory,
- * none, one, two or all, from that of quarter `line` on. */
+ * none, one, two or all, from that of quarter `line` on. For one query it is the four lines that
+ * follow the quarters' own, if there are `lines` at all. */
 typedef struct {
     const uint8_t *quarters[QUARTERS];
     int64_t words;
@@ -64,6 +65,12 @@ typedef struct {
 } kernels;
 
 /* ---- integer dot products of a panel with a few queries ------------------------------------- */
+
+/* What is brought from memory while a quarter is read. */
+static inline const uint8_t *later_of(const tt_panel *panel, int quarter, int width) {
+    const uint8_t *from = width == 1 ? panel->quarters[quarter] : panel->next;
+    return from + (width == 1 ? 1 : quarter) * panel->words * LINE;
+}
 
 #define DOTS_OF(name, width) \
     static void name##_##width(const tt_panel *parts, int count, const int32_t *const *queries, \
@@ -139,8 +146,7 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_few(
                 const int64_t at = word * LINE;
                 const __m256i *p = (const __m256i *)(panel->quarters[quarter] + at);
                 if (ahead)
-                    _mm_prefetch((const char *)panel->next + quarter * panel->words * LINE + at,
-                                 _MM_HINT_T1);
+                    _mm_prefetch((const char *)later_of(panel, quarter, width) + at, _MM_HINT_T1);
                 const __m256i p0 = _mm256_xor_si256(_mm256_loadu_si256(p), flip);
                 const __m256i p1 = _mm256_xor_si256(_mm256_loadu_si256(p + 1), flip);
                 const __m256i m0 = _mm256_abs_epi8(p0), m1 = _mm256_abs_epi8(p1);
@@ -193,7 +199,12 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
         for (int64_t word = first, at = 0; word < end; word++, at += LINE, next += LINE) {
             const __m512i p0 = _mm512_loadu_si512(from0 + at), p1 = _mm512_loadu_si512(from1 + at);
             const __m512i p2 = _mm512_loadu_si512(from2 + at), p3 = _mm512_loadu_si512(from3 + at);
-            if (lines) {
+            if (width == 1 && lines) { /* what follows each quarter is read next */
+                _mm_prefetch((const char *)from0 + at + apart, _MM_HINT_T1);
+                _mm_prefetch((const char *)from1 + at + apart, _MM_HINT_T1);
+                _mm_prefetch((const char *)from2 + at + apart, _MM_HINT_T1);
+                _mm_prefetch((const char *)from3 + at + apart, _MM_HINT_T1);
+            } else if (lines) {
                 _mm_prefetch((const char *)next, _MM_HINT_T1);
                 if (lines > 1) _mm_prefetch((const char *)(next + apart), _MM_HINT_T1);
                 if (lines > 2) {
@@ -263,7 +274,7 @@ ON_DOT static inline void neon_words(const tt_panel *panel, const int32_t *const
     for (int64_t word = 0; word < panel->words; word++) {
         const int64_t at = word * LINE;
         const uint8_t *p = panel->quarters[quarter] + at;
-        if (ahead) __builtin_prefetch(panel->next + quarter * panel->words * LINE + at, 0, 2);
+        if (ahead) __builtin_prefetch(later_of(panel, quarter, width) + at, 0, 2);
         int8x16_t rows[4];
         for (int part = 0; part < 4; part++)
             rows[part] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * part), flip));
