@@ -289,6 +289,7 @@ def test_saved_indexes_take_part_as_they_were_saved(config: Config, tmp_path: Pa
         shutil.copytree(folders[0], twin)
     data = open_data(config)
     assert list(open_saved([*twins, folders[1]], config.index, data)) == [*twins, "codes"]
+    assert list(open_saved(folders, config.index, data, ["graph"])) == [folders[0], "codes"]
     with pytest.raises(ConfigError, match="holds no index"):
         open_saved([str(tmp_path / "nothing")], config.index, data)
     with pytest.raises(ConfigError, match="indexes are saved of stores"):

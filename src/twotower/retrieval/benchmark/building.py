@@ -144,18 +144,20 @@ def build_all(
     return exact.index, built, notes
 
 
-def open_saved(folders: Sequence[str], like: IndexConfig, data: Data) -> dict[str, Built]:
-    """The saved indexes, by the names of their folders, or by their paths where names are equal.
+def open_saved(
+    folders: Sequence[str], like: IndexConfig, data: Data, taken: Sequence[str] = ()
+) -> dict[str, Built]:
+    """The saved indexes, by the names of their folders; by their paths where a name is another's.
 
     Raises:
         ConfigError: a folder has no index of these rows.
     """
     names = [Path(os.path.abspath(folder)).name for folder in folders]
-    opened = {}
+    opened, others = {}, [*names, *taken]
     for name, folder in zip(names, folders, strict=True):
         log.info("opening %s", folder)
         start = time.perf_counter()
         index = data.saved(folder, like)
         built = Built(index, time.perf_counter() - start, index.nbytes)
-        opened[name if names.count(name) == 1 else folder] = built
+        opened[name if others.count(name) == 1 else folder] = built
     return opened

@@ -69,7 +69,7 @@ def run(config: Config, data: Data) -> tuple[Results, bool]:
         "seed": config.seed,
         **environment(),
     }
-    saved = open_saved(section.saved, config.index, data)
+    saved = open_saved(section.saved, config.index, data, section.indexes)
     exact, built, notes = build_all(section.indexes, config.index, data, config.seed)
     contenders = {
         name: contenders_of(name, built[name].index, section) if name in built else []
