@@ -23,6 +23,7 @@ from twotower.retrieval.native import Scratch, Stage
 from twotower.retrieval.native_scan import NativeScan, StageExperience, rotate
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.tiers import Tier
+from twotower.retrieval.torch_scan import TorchScan
 from twotower.settings import ConfigError
 
 KINDS = (
@@ -35,7 +36,7 @@ TIERS = [
     *(f"native {level}" for level in LEVELS),
     *(f"native {level} {stage}" for level in LEVELS for stage in ("head", "front")),
     f"native {LEVELS[-1]} split",
-    *("torch", "reference"),
+    *("torch", "torch left", "torch right", "reference"),
 ]
 
 
@@ -66,12 +67,15 @@ def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object)
     """An index with the scan of `native <level>` or of another tier.
 
     With `head` or `front` it reads these parts first, whatever that is worth, and codes have parts
-    with `split` too.
+    with `split` too. With `left` or `right` a few queries are on this side of torch's products, of
+    small blocks, and few candidates may wait.
     """
     name, *details = tier.split()
     config = ExactConfig(tier=Tier[name], metric=metric, **options)  # type: ignore[arg-type]
     index = ExactIndex(config, dim)
-    if details:
+    if name == "torch" and details:
+        index._scan = TorchScan(index._rows, details == ["left"], block_rows=256, pending=500)
+    elif details:
         level, *parts = details
         stage = {"head": Stage.head, "front": Stage.front, "split": Stage.all}
         index._scan = (
@@ -212,7 +216,8 @@ def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dim", "split"), [(1, 0), (5, 0), (64, 0), (64, 1), (300, 1), (700, 0)])
-def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
+@pytest.mark.parametrize("together", [1, 64])
+def test_the_bounds_hold(kind: str, dim: int, split: int, together: int) -> None:
     rng = np.random.default_rng(dim)
     rows = rows_of(kind, 300, dim, rng)
     queries = unit_rows(rows_of("random", 20, dim, rng)).astype(np.float64)
@@ -220,7 +225,7 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
     head, back = frame.head, frame.back
     assert head == (16 if split else dim)
     assert 32 <= back <= dim if split else back == dim
-    parts = [coded for _, coded in frame.code_rows(rows)]
+    parts = [coded for _, coded in frame.code_rows(rows, together, first=5 % together)]
     coded = CodedRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     asked = frame.code_rotated(frame.rotate(queries))
     # As scan.c computes it, in fp32.
@@ -246,9 +251,12 @@ def test_the_bounds_hold(kind: str, dim: int, split: int) -> None:
         assert (centred <= middle_so_far + outside).all()
         assert (centred >= middle_so_far - outside).all()
     assert np.isfinite(middle + width).all()
+    if together > 1:  # 59 rows, and then as many as share a scale
+        assert len(np.unique(coded.scale[:59])) == len(np.unique(coded.scale[59:123])) == 1
     if kind in ("random", "clip") and dim >= 64:
         moved = np.linalg.norm(rows - frame.centre, axis=1)
-        assert (coded.error < 0.02 * moved).all()  # and are tight enough to be of use
+        most = moved if together == 1 else moved.max()
+        assert (coded.error < 0.02 * most).all()  # and are tight enough to be of use
 
 
 @pytest.mark.parametrize(
@@ -288,7 +296,7 @@ def test_memory_is_what_is_asked_for(memory: RowMemory) -> None:
 
 
 @pytest.mark.parametrize("memory", list(RowMemory))
-@pytest.mark.parametrize("tier", TIERS[-3:])
+@pytest.mark.parametrize("tier", [f"native {LEVELS[-1]} split", "torch", "reference"])
 def test_a_loaded_index_has_the_codes_that_were_written(
     tier: str, memory: RowMemory, tmp_path: Path
 ) -> None:
@@ -299,7 +307,7 @@ def test_a_loaded_index_has_the_codes_that_were_written(
     index.delete(np.arange(3, 500, 7))
     index.write(tmp_path / "index")
     # A scan that has no use for the codes that are there, or finds none, makes its own.
-    loaded, *others = (make(each, 40, memory=memory) for each in (tier, *TIERS[-4:]))
+    loaded, *others = (make(each, 40, memory=memory) for each in (tier, *TIERS[-6:]))
     for each in (loaded, *others):
         each.read(tmp_path / "index")
     mapped = [isinstance(part.rows, np.memmap) for part in loaded._rows.parts]

@@ -142,16 +142,23 @@ class Frame:
             start = stop
         return rotated
 
-    def code_rows(self, rows: AnyFloatArray) -> Iterator[tuple[int, CodedRows]]:
-        """Codes of rows (N, dim), fp32 or fp16, a few at a time with the number of the first."""
-        for start in range(0, len(rows), CHUNK):
-            yield start, self._code(rows[start : start + CHUNK].astype(np.float64))
+    def code_rows(
+        self, rows: AnyFloatArray, together: int = 1, first: int = 0
+    ) -> Iterator[tuple[int, CodedRows]]:
+        """Codes of rows (N, dim), fp32 or fp16, a few at a time with the number of the first.
 
-    def _code(self, rows: Float64Array) -> CodedRows:
+        So many rows `together` have one scale, that of their largest value; `first` is the place
+        of the first row among them.
+        """
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK].astype(np.float64)
+            yield start, self._code(some, together, (first + start) % together)
+
+    def _code(self, rows: Float64Array, together: int, first: int) -> CodedRows:
         length = _norms(rows)
         rows -= self.centre
         moved = _norms(rows)
-        made = self._quantise(self.rotate(rows))
+        made = self._quantise(self.rotate(rows), together, first)
         error, norm = made.error, made.norm
         error = error + self.slack * (error + moved) + ARITHMETIC * (norm + error + moved + length)
         bounds = _above(error), _above(norm), made.tail_norm, made.back_norm
@@ -166,13 +173,18 @@ class Frame:
         bounds = _above(made.error), made.tail_norm, made.back_norm
         return QueryCodes(made.codes, made.scale, *bounds)
 
-    def _quantise(self, rotated: Float64Array) -> _Quantised:
+    def _quantise(self, rotated: Float64Array, together: int = 1, first: int = 0) -> _Quantised:
         """Codes, the head's at twice the scale; `rotated` is overwritten."""
         steps = np.ones(rotated.shape[1])
         if self.head < len(steps):
             steps[: self.head] = HEAD_SCALE
         beyond = [_above(_norms(rotated[:, start:])) for start in (self.head, self.back)]
-        return _Quantised(*quantise(rotated, steps), *beyond)
+        largest = (np.abs(rotated) / steps).max(axis=1)
+        if together > 1:
+            starts = np.r_[0 : 1 if len(largest) else 0, together - first : len(largest) : together]
+            sizes = np.diff(starts, append=len(largest))
+            largest = np.maximum.reduceat(largest, starts).repeat(sizes)
+        return _Quantised(*quantise(rotated, steps, largest), *beyond)
 
 
 class _Quantised(NamedTuple):
@@ -219,13 +231,14 @@ def _above(values: Float64Array) -> FloatArray:
 
 
 def quantise(
-    values: Float64Array, steps: Float64Array
+    values: Float64Array, steps: Float64Array, largest: Float64Array
 ) -> tuple[Codes, FloatArray, Float64Array, Float64Array]:
     """Codes p of -127 to 127, scales s, norms of what is lost and of what is kept, row by row.
 
-    `steps` (dim,) times s is what p is multiplied by. `values` (n, dim) is overwritten.
+    `steps` (dim,) times s is what p is multiplied by, and `largest` (n,) what 127 stands for
+    without the steps. `values` (n, dim) is overwritten.
     """
-    scale = ((np.abs(values) / steps).max(axis=1) / 127).astype(np.float32)
+    scale = (largest / 127).astype(np.float32)
     scale[scale < SMALLEST] = 0
     wide = scale.astype(np.float64)
     near = np.rint(values / steps / np.where(wide > 0, wide, np.inf)[:, None])

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from twotower.retrieval import native
 from twotower.retrieval.arrays import WRITE_ROWS, Array, Stream, whole
+from twotower.retrieval.candidates import GROUP
 from twotower.retrieval.certificate import CodedRows, Codes, Float64Array, Frame
 from twotower.retrieval.codes import CodeStore
 from twotower.retrieval.index import AnyFloatArray, IdArray, divisors
@@ -30,7 +31,9 @@ class Coded:
         if self.frame is None:
             self._use(Frame.of(rows, tail_energy=self._tail_energy))
         assert self.frame is not None
-        for start, coded in self.frame.code_rows(rows):
+        # Rows that torch's scan takes together have one scale: it need not scale their products.
+        together = 1 if self.store.packed else GROUP
+        for start, coded in self.frame.code_rows(rows, together, self.store.size % together):
             self.store.reserve(len(rows) - start)
             self.store.append(coded)
 
