@@ -26,8 +26,8 @@ from twotower.retrieval.native import CodedQueries
 from twotower.retrieval.rows import Rows
 
 QUERY_BLOCK = 1024  # that pass over a block of rows while it lies in the cache
-PRODUCT_QUERIES = 256  # of them, in a product
-PRODUCTS = 1 << 19  # of a block: 2 MB
+PRODUCT_QUERIES = 512  # of them, in a product
+PRODUCTS = 1 << 20  # of a block: 4 MB
 BLOCK_ROWS = 1 << 16  # rows of a block at most
 PENDING = 1 << 21  # candidates that may wait for the re-rank
 FEW = 16  # from two queries to here the product may be faster with the queries on the left
