@@ -195,10 +195,25 @@ static int check_turn(int64_t count, int64_t dim, int64_t stride, int64_t thread
     return worst > 1e-10;
 }
 
+/* Queries in blocks, the last of them not full, and codes of few words or of steps and a rest. */
+static int check_blocks(int64_t level) {
+    static const int64_t queries[] = {7, 8, 9, 15, 16, 17, 31, 32, 33, 65};
+    static const int64_t dims[] = {12, 60, 64, 68, 130, 260};
+    int bad = 0;
+    for (int q = 0; q < 10; q++)
+        for (int d = 0; d < 6; d++)
+            for (int split = 0; split < 2; split++)
+                bad |= check(q % 2 ? 700 : 130, dims[d], queries[q], 1 + 9 * (d % 2), level,
+                             1 + (q + d) % 3, (q + d) % 4, split,
+                             split && d % 3 == 2 ? BY_HEAD : BY_ALL);
+    return bad;
+}
+
 int main(void) {
     static const int64_t rows[] = {0, 1, 63, 64, 65, 3000}, dims[] = {1, 4, 7, 100, 512};
     static const int64_t queries[] = {1, 6, 13}, ks[] = {1, 10, 600}; /* 600: one step has less */
     int bad = check_turn(4, 1, 1, 1) | check_turn(8, 16, 20, 2) | check_turn(100, 33, 33, 3);
+    for (int64_t level = 0; level <= tt_level(); level++) bad |= check_blocks(level);
     for (int64_t level = 0; level <= tt_level(); level++)
         for (int kind = 0; kind < 16; kind++)
             for (int r = 0; r < 6; r++)

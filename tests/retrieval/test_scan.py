@@ -36,5 +36,5 @@ def test_no_sanitizer_has_a_complaint(sanitizers: str, tmp_path: Path) -> None:
 def test_levels_have_names() -> None:
     assert native.level_name(0) == "plain C"
     assert native.level_name(native.level()) in {
-        *("plain C", "AVX2", "AVX-512 VNNI", "NEON dot product")
+        *("plain C", "AVX2", "AVX-512 VNNI", "AMX int8", "NEON dot product")
     }

@@ -42,6 +42,7 @@
                           * memory's channels */
 #define AHEAD 4 /* panels that are asked for before they are opened */
 #define ROWS_AHEAD 4 /* rows that are asked for before they are scored */
+#define WIDE_QUERIES 8 /* from so many on sixteen at once, where a level does that */
 #define SEEDS(k) (2 * (k) + 44) /* rows that look best, of which the k best make a threshold */
 
 typedef struct {
@@ -83,6 +84,8 @@ typedef struct { /* one query in one thread */
 } query_state;
 
 typedef struct { /* what all threads know of a search */
+    tt_wide *wide; /* queries in blocks, where they are scanned so */
+    void *memory;  /* of their codes */
     int64_t group, groups;    /* panels of a group; groups of all shards */
     int64_t first_group, end; /* groups of this phase */
 } plan;
@@ -92,6 +95,7 @@ typedef struct {
     plan *plan;
     query_state *states;
     double *scratch;
+    float *limits; /* of queries that are scanned in blocks */
     _Atomic int64_t *next;   /* group of panels, then query, that is taken next */
     _Atomic uint32_t *shared; /* thresholds of all threads, as ordered integers */
     query_state *const *all; /* states of each thread */
@@ -534,6 +538,150 @@ static void *scan(void *argument) {
     return 0;
 }
 
+/* ---- many queries at a time ---------------------------------------------------------------- */
+
+static int64_t num_wide(const tt_job *job) { return (job->num_queries + WIDE - 1) / WIDE; }
+
+static int64_t steps_of(const tt_job *job) {
+    int64_t steps = 0;
+    for (int part = 0; part < PARTS; part++) steps += (job->part[part] + STEP - 1) / STEP;
+    return steps;
+}
+
+/* A query's codes as the i-th of those in `to`. */
+static void pack_query(const tt_job *job, int64_t query, int i, int8_t (*to)[WIDE][4 * STEP]) {
+    static const int order[PARTS] = {FRONT, BACK, HEAD};
+    for (int number = 0; number < PARTS; number++) {
+        const int8_t *codes = job->query_codes + query * job->words * 4;
+        const int64_t words = job->part[order[number]];
+        for (int part = 0; part < order[number]; part++) codes += 4 * job->part[part];
+        for (int64_t first = 0; first < words; first += STEP, to++) {
+            const int64_t left = words - first < STEP ? words - first : STEP;
+            memcpy((*to)[i] + 4 * (STEP - left), codes + 4 * first, (size_t)(4 * left));
+        }
+    }
+}
+
+/* Lay out the queries in blocks; whether there was memory. */
+static int make_wide(const worker *self, plan *plan) {
+    const tt_job *job = self->job;
+    const int64_t tiles = num_wide(job), steps = steps_of(job);
+    const size_t bytes = sizeof(int8_t[WIDE][4 * STEP]); /* of a step, and of `less` */
+    _Static_assert(sizeof(int32_t[WIDE][QUARTER]) == sizeof(int8_t[WIDE][4 * STEP]), "equal");
+    plan->wide = calloc((size_t)tiles, sizeof *plan->wide);
+    plan->memory = calloc((size_t)(tiles * (steps + 1)) + 1, bytes);
+    if (!plan->wide || !plan->memory) return 0;
+    char *place = (char *)plan->memory + (bytes - (uintptr_t)plan->memory % bytes);
+    for (int64_t number = 0; number < tiles; number++, place += (steps + 1) * (int64_t)bytes) {
+        tt_wide *made = plan->wide + number;
+        int32_t(*less)[QUARTER] = (void *)place;
+        int8_t(*codes)[WIDE][4 * STEP] = (void *)(place + bytes);
+        for (int i = 0; i < WIDE && number * WIDE + i < job->num_queries; i++) {
+            const tt_asked *asked = &self->states[number * WIDE + i].asked;
+            /* A millionth is more than what rounding does to a bound here. */
+            const float factor = 1.000001f / asked->scale;
+            const float error = (asked->error + 0.000001f) * factor;
+            made->factor = made->factor < factor ? factor : made->factor;
+            made->error = made->error < error ? error : made->error;
+            for (int row = 0; row < QUARTER; row++) less[i][row] = -asked->correction[BY_ALL];
+            pack_query(job, number * WIDE + i, i, codes);
+        }
+        made->less = (const void *)less;
+        made->codes = (const void *)codes;
+    }
+    return 1;
+}
+
+/* The bound that rows have to reach, in units of the query's scale. */
+static void limit(worker *self, int64_t query) {
+    const tt_asked *asked = &self->states[query].asked;
+    const float limit = asked->threshold / asked->scale;
+    self->limits[query] = limit < FLT_MAX ? limit : FLT_MAX;
+}
+
+/* Let a block of queries bring its share of the panel that comes next. */
+static void bring_share(const tt_job *job, const tt_shard *shard, int64_t panel, int64_t number,
+                        int64_t shares, int to, tt_panel *parts) {
+    for (int part = 0; part <= to; part++) {
+        const int64_t lines = QUARTERS * job->part[part];
+        const int64_t first = number * lines / shares, end = (number + 1) * lines / shares;
+        parts[part].next = quarter_at(job, shard, panel, 0, part) + first * LINE;
+        parts[part].lines = (int)(end - first);
+    }
+}
+
+typedef struct { /* what a thread works on */
+    tt_products products __attribute__((aligned(64)));
+    tt_reached reached __attribute__((aligned(64)));
+    tt_bounds bounds[2]; /* of the half that is multiplied, and of the one before */
+    tt_pending pending;
+    const tt_shard *shard; /* of what is pending; 0 if nothing is */
+    int64_t at, from;      /* its rows and queries */
+} bench;
+
+/* Take the rows that may reach the limits of queries, of what was pending. */
+static void note_wide(worker *self, bench *bench) {
+    const int64_t left = self->job->num_queries - bench->from;
+    uint32_t some = bench->shard ? bench->reached.some : 0;
+    if (left < WIDE) some &= (1u << left) - 1;
+    for (; some; some &= some - 1) {
+        const int i = __builtin_ctz(some);
+        collect(self, bench->shard, bench->at, bench->from + i, bench->reached.dots[i],
+                bench->reached.rows[i]);
+        limit(self, bench->from + i);
+    }
+}
+
+/* All queries pass over half a panel while it lies in the nearest cache, then over the other, and
+ * bring the next panel. */
+static void scan_wide(worker *self, bench *bench, const tt_shard *shard, int64_t panel,
+                      const tt_shard *next_shard, int64_t next) {
+    const tt_job *job = self->job;
+    const int64_t blocks = num_wide(job);
+    const int to = job->part[FRONT] ? BACK : HEAD;
+    tt_panel parts[PARTS];
+    parts_of(job, shard, panel, HEAD, to, parts);
+    if (next_shard) bring_bounds(next_shard, next, BY_ALL);
+    for (int half = 0; half < 2; half++) {
+        const int64_t at = panel * PANEL + half * HALF;
+        self->does.bounds(shard, at, bench->bounds + half);
+        for (int64_t number = 0; number < blocks; number++) {
+            const tt_wide *queries = self->plan->wide + number;
+            if (next_shard)
+                bring_share(job, next_shard, next, half * blocks + number, 2 * blocks, to, parts);
+            self->does.wide(parts, to + 1, half, queries, &bench->pending, &bench->products,
+                            &bench->reached);
+            note_wide(self, bench);
+            bench->pending = (tt_pending){queries, self->limits + number * WIDE,
+                                          bench->bounds + half, to > HEAD};
+            bench->shard = shard, bench->at = at, bench->from = number * WIDE;
+        }
+    }
+}
+
+static void *scan_blocks(void *argument) {
+    worker *self = argument;
+    group next;
+    bench bench = {.pending = {self->plan->wide, self->limits, bench.bounds, 0}};
+    self->does.begin_wide();
+    for (group now = take_group(self); now.shard; now = next) {
+        next = take_group(self);
+        for (int64_t query = 0; query < self->job->num_queries; query++) {
+            heed_others(self, query);
+            limit(self, query);
+        }
+        for (int64_t panel = now.first; panel < now.last; panel++) {
+            const int inside = panel + 1 < now.last;
+            scan_wide(self, &bench, now.shard, panel, inside ? now.shard : next.shard,
+                      inside ? panel + 1 : next.first);
+        }
+    }
+    self->does.last(&bench.pending, &bench.products, &bench.reached);
+    note_wide(self, &bench);
+    self->does.end_wide();
+    return 0;
+}
+
 /* The peaks of a panel of a group: (Q, QUARTERS). */
 static float (*peaks_at(const worker *self, const group *of, int64_t i))[QUARTERS] {
     float(*peaks)[QUARTERS] = (float(*)[QUARTERS])self->job->peaks;
@@ -874,6 +1022,10 @@ static int scan_all(worker *workers, int64_t threads) {
     if (phases && plan->group > room) plan->group = room;
     for (int64_t i = 0; i < job->num_shards; i++)
         plan->groups += (job->shards[i].panels + plan->group - 1) / plan->group;
+    if (!phases && workers->limits) {
+        if (!make_wide(workers, plan)) return 1;
+        return run_groups(workers, threads, scan_blocks, 0, plan->groups);
+    }
     if (!phases) return run_groups(workers, threads, scan, 0, plan->groups);
     for (int part = 0; part < PARTS; part++) {
         const int64_t words = panels * job->num_queries * QUARTERS * job->part[part];
@@ -887,6 +1039,10 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
     self->states = calloc((size_t)job->num_queries, sizeof *self->states);
     self->scratch = malloc(sizeof(double) * (size_t)power_of_two(job->dim));
     if (!self->states || !self->scratch) return 0;
+    if (self->does.wide && job->num_queries >= WIDE_QUERIES) {
+        self->limits = calloc((size_t)(num_wide(job) * WIDE), sizeof *self->limits);
+        if (!self->limits) return 0;
+    }
     for (int64_t query = 0; query < job->num_queries; query++) {
         query_state *state = self->states + query;
         const int8_t *code = job->query_codes + query * job->words * 4;
@@ -917,6 +1073,7 @@ static void discard(worker *self, const tt_job *job) {
     }
     free(self->states);
     free(self->scratch);
+    free(self->limits);
 }
 
 /* ---- what Python calls ---------------------------------------------------------------------- */
@@ -949,7 +1106,7 @@ static void *turn_all(void *argument) {
  * threads would go on waiting for work for a while, and take time from the search. */
 void tt_turn(const double *vectors, const float *columns, int64_t count, int64_t dim,
              int64_t stride, double *out, int64_t threads) {
-    const kernels chosen = choose_kernels(best_level());
+    const kernels chosen = choose_kernels(vector_level());
     pthread_t handles[MAX_THREADS];
     turn_share shares[MAX_THREADS];
     int started[MAX_THREADS] = {0};
@@ -1004,6 +1161,8 @@ int tt_search(const tt_job *job) {
         job->count[3] += workers[i].spared;
         if (workers[i].job) discard(workers + i, job);
     }
+    free(plan.wide);
+    free(plan.memory);
     free(workers);
     free(all);
     free(shared);

@@ -13,9 +13,12 @@
 #define QUARTERS (PANEL / QUARTER)
 #define LINE (4 * QUARTER) /* bytes of a word */
 #define TILE 6
+#define HALF (2 * QUARTER)
+#define STEP 16 /* words that AMX multiplies at once */
+#define WIDE 32 /* queries that it takes with half a panel: two tiles of sixteen with two */
 #define TURNED 4 /* vectors that are rotated at once */
 
-enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2 };
+enum { PLAIN = 0, NEON_DOT = 1, AVX2 = 1, AVX512_VNNI = 2, AMX = 3 };
 
 /* Parts of codes, and what has been read of them: the head, the front too, or all. */
 enum { HEAD, FRONT, BACK, PARTS };
@@ -44,6 +47,37 @@ typedef struct {
     int line, lines;
 } tt_panel;
 
+/* Up to WIDE queries for a level that takes so many at once. Codes are in steps, of front, back and
+ * head; a part's last step ends where the part ends, and has zeros for what the one before had. */
+typedef struct {
+    const int8_t (*codes)[WIDE][4 * STEP];
+    const int32_t (*less)[QUARTER]; /* minus the correction of each, for each row of a quarter */
+    float error, factor;            /* the largest error / scale and 1 / scale of them */
+} tt_wide;
+
+typedef struct { /* of half a panel and WIDE queries; those of the head lie apart, if it is one */
+    int32_t dots[WIDE][HALF], head[WIDE][HALF];
+} tt_products;
+
+/* What bounds need to know of half a panel's rows, in units of their codes. */
+typedef struct {
+    float inverse[HALF], norm[HALF], error[HALF];
+} tt_bounds;
+
+/* Products whose bounds are not looked at yet: of which queries, if of any, and rows. A limit is
+ * threshold / scale. */
+typedef struct {
+    const tt_wide *queries;
+    const float *limits;
+    const tt_bounds *rows;
+    int split; /* the head's lie apart */
+} tt_pending;
+
+typedef struct { /* queries that have rows that may reach their limits, which, and their products */
+    uint32_t some, rows[WIDE];
+    int32_t dots[WIDE][HALF];
+} tt_reached;
+
 /* Products of so many parts of a panel with queries, four times those of the first if there are
  * others. */
 typedef void (*dots_function)(const tt_panel *, int, const int32_t *const *, int32_t (*)[PANEL]);
@@ -53,6 +87,12 @@ typedef int (*peaks_function)(const int32_t *, const tt_shard *, int64_t, const 
                               float, float *);
 typedef double (*product_function)(const double *, const void *, int64_t, int64_t, double *);
 typedef void (*turn_function)(const double *, int64_t, const float *, int64_t, double *);
+typedef void (*bounds_function)(const tt_shard *, int64_t, tt_bounds *);
+/* Look at products that have been made, then put those of so many parts of a panel, by half, in
+ * their place; both at once, as each leaves the other half of the processor idle. */
+typedef void (*wide_function)(const tt_panel *, int, int, const tt_wide *, const tt_pending *,
+                              tt_products *, tt_reached *);
+typedef void (*last_function)(const tt_pending *, const tt_products *, tt_reached *);
 
 typedef struct {
     dots_function dots[TILE + 1]; /* by the number of queries */
@@ -61,7 +101,11 @@ typedef struct {
     peaks_function peaks;
     product_function product;
     turn_function turn;
-    int flips; /* dots are of p, not of p + 128 */
+    void (*begin_wide)(void), (*end_wide)(void); /* before and after those that follow, a thread */
+    bounds_function bounds;
+    wide_function wide; /* 0 where a level has none */
+    last_function last;
+    int flips;          /* dots are of p, not of p + 128 */
 } kernels;
 
 /* ---- integer dot products of a panel with a few queries ------------------------------------- */
@@ -115,6 +159,14 @@ ALL_DOTS(plain_dots, )
 #include <immintrin.h>
 #define ON_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define ON_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")))
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+long syscall(long, ...); /* which C11 alone does not declare */
+#define ON_AMX \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,amx-tile,amx-int8")))
+#endif
 
 /* Sums have names, and loops over them are written out: compilers keep arrays of them in memory. */
 #define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5)
@@ -579,6 +631,198 @@ ON_VNNI static int vnni_peaks(PEAKS_ARGUMENTS) {
 }
 #endif
 
+#if defined(ON_AMX)
+/* Compilers do not know what memory these instructions read: it has been written by here. */
+#define AMX_READS __asm__ volatile("" ::: "memory");
+
+typedef struct {
+    uint8_t palette, start, unused[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} amx_shapes;
+
+ON_AMX static void amx_begin(void) {
+    amx_shapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) shapes.bytes[i] = 4 * STEP, shapes.rows[i] = 16;
+    AMX_READS
+    _tile_loadconfig(&shapes);
+}
+
+ON_AMX static void amx_end(void) { _tile_release(); }
+
+/* Of a row whose scale is 0 all products are 0: any other scale says the same of it. */
+ON_AMX static void amx_bounds(const tt_shard *shard, int64_t at, tt_bounds *bounds) {
+    for (int row = 0; row < HALF; row += QUARTER) {
+        const __m512 scale =
+            _mm512_max_ps(_mm512_loadu_ps(shard->scale + at + row), _mm512_set1_ps(0x1p-100f));
+        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1), scale);
+        _mm512_storeu_ps(bounds->inverse + row, inverse);
+        _mm512_storeu_ps(bounds->norm + row,
+                         _mm512_mul_ps(_mm512_loadu_ps(shard->norm + at + row), inverse));
+        _mm512_storeu_ps(bounds->error + row,
+                         _mm512_mul_ps(_mm512_loadu_ps(shard->error + at + row), inverse));
+    }
+}
+
+/* Sixteen products of a query. */
+ON_AMX static inline __attribute__((always_inline)) __m512i amx_sum(const tt_products *products,
+                                                                    int query, int row,
+                                                                    const int split) {
+    const __m512i rest = _mm512_loadu_si512(products->dots[query] + row);
+    if (!split) return rest;
+    const __m512i head = _mm512_loadu_si512(products->head[query] + row);
+    return _mm512_add_epi32(rest, _mm512_slli_epi32(head, 2));
+}
+
+typedef struct { /* what bounds are compared with, in registers */
+    __m512 inverse0, inverse1, width0, width1;
+} amx_rows;
+
+/* The width is that of the query whose bound is the widest. */
+ON_AMX static inline __attribute__((always_inline)) amx_rows amx_rows_of(const tt_pending *of) {
+    const __m512 error = _mm512_set1_ps(of->queries->error);
+    const __m512 factor = _mm512_set1_ps(of->queries->factor);
+    const tt_bounds *rows = of->rows;
+#define AMX_WIDTH(row) \
+    _mm512_fmadd_ps(error, _mm512_loadu_ps(rows->norm + row), \
+                    _mm512_mul_ps(factor, _mm512_loadu_ps(rows->error + row)))
+    return (amx_rows){_mm512_loadu_ps(rows->inverse), _mm512_loadu_ps(rows->inverse + QUARTER),
+                      AMX_WIDTH(0), AMX_WIDTH(QUARTER)};
+}
+
+/* A row reaches a threshold if its product >= limit / its scale - width, all in units of the two
+ * scales. What is no number passes, and is looked at again. */
+ON_AMX static inline __attribute__((always_inline)) void amx_reach(
+    const tt_products *products, const amx_rows *rows, const float *limits, int from, int to,
+    const int split, tt_reached *reached) {
+    typedef uint16_t mask __attribute__((may_alias)); /* straight to memory, not by a register */
+    mask *out = (mask *)reached->rows + 2 * from;
+    for (int query = from; query < to; query++, out += 2) {
+        const __m512 limit = _mm512_set1_ps(limits[query]);
+#define AMX_REACH(i) \
+    out[i] = _mm512_cmp_ps_mask( \
+        _mm512_cvtepi32_ps(amx_sum(products, query, i * QUARTER, split)), \
+        _mm512_fmsub_ps(limit, rows->inverse##i, rows->width##i), _CMP_NLT_UQ);
+        AMX_REACH(0) AMX_REACH(1)
+    }
+}
+
+/* Which queries have rows that may reach their limits, and the products of these. */
+ON_AMX static inline __attribute__((always_inline)) void amx_keep(const tt_products *products,
+                                                                  const tt_wide *queries,
+                                                                  const int split,
+                                                                  tt_reached *reached) {
+    const __m512i low = _mm512_loadu_si512(reached->rows);
+    const __m512i high = _mm512_loadu_si512(reached->rows + 16);
+    reached->some = (uint32_t)_mm512_test_epi32_mask(low, low) |
+                    (uint32_t)_mm512_test_epi32_mask(high, high) << 16;
+    for (uint32_t left = reached->some; left; left &= left - 1) {
+        const int query = __builtin_ctz(left);
+        const __m512i less = _mm512_loadu_si512(queries->less[query]);
+        for (int row = 0; row < HALF; row += QUARTER)
+            _mm512_storeu_si512(reached->dots[query] + row,
+                                _mm512_sub_epi32(amx_sum(products, query, row, split), less));
+    }
+}
+
+/* Half of a part; one that is shorter than a step is put at the end of one, in `padded`. */
+typedef struct {
+    const uint8_t *from0, *from1, *next;
+    int64_t steps, last, lines, share; /* share: lines that a step brings */
+} amx_half;
+
+ON_AMX static inline __attribute__((always_inline)) amx_half amx_half_of(
+    const tt_panel *part, int half, uint8_t (*padded)[STEP * LINE]) {
+    const int64_t words = part->words, least = words - STEP;
+    const uint8_t *const *quarters = part->quarters + 2 * half;
+    amx_half made = {quarters[0], quarters[1], part->next, (words + STEP - 1) / STEP,
+                     least * LINE, part->lines, 0};
+    if (made.steps) made.share = (part->lines + made.steps - 1) / made.steps;
+    if (least >= 0 || !words) return made;
+    memset(padded, 0, 2 * sizeof *padded);
+    for (int i = 0; i < 2; i++)
+        memcpy(padded[i] - least * LINE, quarters[i], (size_t)(words * LINE));
+    AMX_READS
+    made.from0 = padded[0], made.from1 = padded[1], made.last = 0;
+    return made;
+}
+
+/* Tiles 0 to 3 += a step's products. What comes later is brought bit by bit: a burst would wait. */
+ON_AMX static inline __attribute__((always_inline)) void amx_step(
+    const amx_half *from, int64_t step, const int8_t (*codes)[WIDE][4 * STEP]) {
+    const int64_t word = step * STEP * LINE, at = word < from->last ? word : from->last;
+    const int64_t first = step * from->share, end = first + from->share;
+    for (int64_t line = first; line < end && line < from->lines; line++)
+        _mm_prefetch((const char *)from->next + line * 64, _MM_HINT_T1);
+    _tile_loadd(4, codes[step][0], 4 * STEP);
+    _tile_loadd(6, from->from0 + at, LINE);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, from->from1 + at, LINE);
+    _tile_dpbsud(1, 4, 7);
+    _tile_loadd(5, codes[step][16], 4 * STEP);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+}
+
+#define AMX_STORE(out) \
+    _tile_stored(0, out[0], 4 * HALF); \
+    _tile_stored(1, out[0] + QUARTER, 4 * HALF); \
+    _tile_stored(2, out[16], 4 * HALF); \
+    _tile_stored(3, out[16] + QUARTER, 4 * HALF);
+
+ON_AMX static inline __attribute__((always_inline)) void amx_both(
+    const tt_panel *parts, int count, int half, const tt_wide *queries, const tt_pending *before,
+    tt_products *products, tt_reached *reached, const int split) {
+    uint8_t padded[2][STEP * LINE] __attribute__((aligned(64)));
+    const int8_t(*codes)[WIDE][4 * STEP] = queries->codes;
+    const amx_rows rows = amx_rows_of(before);
+    int64_t steps = 0;
+    int looked = 0, share;
+    for (int part = split; part < count; part++) steps += (parts[part].words + STEP - 1) / STEP;
+    share = (int)((WIDE + steps - 1) / steps); /* of the queries that are looked at, a step */
+    _tile_loadd(0, queries->less[0], 4 * QUARTER);
+    _tile_loadd(1, queries->less[0], 4 * QUARTER);
+    _tile_loadd(2, queries->less[16], 4 * QUARTER);
+    _tile_loadd(3, queries->less[16], 4 * QUARTER);
+    for (int part = split; part < count; part++) {
+        const amx_half from = amx_half_of(parts + part, half, padded);
+        for (int64_t step = 0; step < from.steps; step++) {
+            const int upto = looked + share < WIDE ? looked + share : WIDE;
+            amx_step(&from, step, codes);
+            amx_reach(products, &rows, before->limits, looked, upto, split, reached);
+            looked = upto;
+        }
+        codes += from.steps;
+    }
+    amx_keep(products, before->queries, split, reached);
+    AMX_STORE(products->dots)
+    if (split) {
+        const amx_half from = amx_half_of(parts, half, padded);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < from.steps; step++) amx_step(&from, step, codes);
+        AMX_STORE(products->head)
+    }
+}
+
+ON_AMX static void amx_wide(const tt_panel *parts, int count, int half, const tt_wide *queries,
+                            const tt_pending *before, tt_products *products, tt_reached *reached) {
+    if (count > 1) amx_both(parts, count, half, queries, before, products, reached, 1);
+    else amx_both(parts, count, half, queries, before, products, reached, 0);
+}
+
+/* The same of the last ones, after which there are no more. */
+ON_AMX static void amx_last(const tt_pending *before, const tt_products *products,
+                            tt_reached *reached) {
+    const amx_rows rows = amx_rows_of(before);
+    if (before->split) amx_reach(products, &rows, before->limits, 0, WIDE, 1, reached);
+    else amx_reach(products, &rows, before->limits, 0, WIDE, 0, reached);
+    amx_keep(products, before->queries, before->split, reached);
+}
+#endif
+
 /* The variants that a level runs. */
 static kernels choose_kernels(int64_t level) {
     kernels chosen = {.dots = TABLE_OF(plain_dots), .single = plain_dots_1,
@@ -601,6 +845,15 @@ static kernels choose_kernels(int64_t level) {
         chosen.peaks = vnni_peaks;
         chosen.turn = vnni_turn;
     }
+#if defined(ON_AMX)
+    if (level >= AMX) {
+        chosen.begin_wide = amx_begin;
+        chosen.end_wide = amx_end;
+        chosen.bounds = amx_bounds;
+        chosen.wide = amx_wide;
+        chosen.last = amx_last;
+    }
+#endif
 #elif defined(ON_DOT)
     static const dots_function neon[] = TABLE_OF(neon_dots);
     chosen.flips = level >= NEON_DOT;
@@ -613,8 +866,20 @@ static kernels choose_kernels(int64_t level) {
     return chosen;
 }
 
-/* The best level that this processor can run. */
-static int best_level(void) {
+#if defined(ON_AMX)
+/* Whether the processor has tiles of int8, and the system keeps them for a process that asks. */
+ON_AMX static int amx_allowed(void) {
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return 0; /* tile, int8 */
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0; /* xgetbv may be used */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) return 0;
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, tile data */
+}
+#endif
+
+/* The best level of vectors that this processor can run. */
+static int vector_level(void) {
 #if defined(ON_AVX2)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PLAIN;
@@ -634,13 +899,21 @@ static int best_level(void) {
 #endif
 }
 
+/* The best level that this processor can run, and that the system lets it run. */
+static int best_level(void) {
+#if defined(ON_AMX)
+    if (vector_level() == AVX512_VNNI && amx_allowed()) return AMX;
+#endif
+    return vector_level();
+}
+
 static const char *level_name(int level) {
 #if defined(ON_DOT)
     static const char *const names[] = {"plain C", "NEON dot product"};
     return names[level == NEON_DOT];
 #else
-    static const char *const names[] = {"plain C", "AVX2", "AVX-512 VNNI"};
-    return names[level < 0 || level > AVX512_VNNI ? 0 : level];
+    static const char *const names[] = {"plain C", "AVX2", "AVX-512 VNNI", "AMX int8"};
+    return names[level < 0 || level > AMX ? 0 : level];
 #endif
 }
 
