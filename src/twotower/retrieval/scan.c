@@ -42,7 +42,7 @@
                           * memory's channels */
 #define AHEAD 4 /* panels that are asked for before they are opened */
 #define ROWS_AHEAD 4 /* rows that are asked for before they are scored */
-#define WIDE_QUERIES 8 /* from so many on sixteen at once, where a level does that */
+#define WIDE_QUERIES 2 /* from so many on sixteen at once, where a level does that */
 #define SEEDS(k) (2 * (k) + 44) /* rows that look best, of which the k best make a threshold */
 
 typedef struct {
