@@ -883,7 +883,7 @@ static int vector_level(void) {
 #if defined(ON_AVX2)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PLAIN;
-#if defined(__clang__) || __GNUC__ >= 11
+#if !defined(__clang__) && __GNUC__ >= 11 /* others do not know it; who has AVX2 has it */
     if (!__builtin_cpu_supports("f16c")) return PLAIN;
 #endif
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
