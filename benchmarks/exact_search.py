@@ -95,6 +95,8 @@ class Limits:
         subprocess.run(["cc", *flags, "-o", library, source], check=True)
         self._library = ctypes.CDLL(str(library))
         self._library.read_rate.restype = self._library.int8_rate.restype = ctypes.c_double
+        self._library.int8_name.restype = ctypes.c_char_p
+        self.int8_name = self._library.int8_name().decode()
         self._threads = ctypes.c_int64(threads)
         self._memory = huge_pages(1 << 29)
         self._memory[:] = 1
@@ -178,7 +180,8 @@ def compare(
     write(" ".join([f"{len(queries):>10} {k:>10}", *times, *ratios]))
     fastest = min(median, key=lambda name: median[name])
     bandwidth = statistics.median(read) / 1e9
-    write(f"# tuned: {fastest}; read {bandwidth:.1f} GB/s; int8 {peak / 1e9:.0f} GOP/s")
+    rates = f"read {bandwidth:.1f} GB/s; {limits.int8_name} {peak / 1e9:.0f} GOP/s"
+    write(f"# tuned: {fastest}; {rates}")
 
 
 def check(ours: Any, theirs: Any) -> None:

@@ -5,15 +5,13 @@
 #include <stdint.h>
 #include <time.h>
 
+#include "../src/twotower/retrieval/scan_kernels.h"
+
 #define STREAMS 4 /* read at once by a thread: one alone does not fill the memory's channels */
 #define MAX_THREADS 256
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vnni")))
-#define NARROW __attribute__((target("avx2")))
-
-WIDE static uint64_t read_wide(const char *from, int64_t bytes) {
+#if defined(ON_AVX2)
+ON_VNNI static uint64_t read_wide(const char *from, int64_t bytes) {
     const int64_t share = bytes / STREAMS / 256 * 256;
     __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0, s3 = s0;
     for (int64_t at = 0; at < share; at += 256) {
@@ -29,23 +27,23 @@ WIDE static uint64_t read_wide(const char *from, int64_t bytes) {
 }
 
 /* Sums have names: compilers keep arrays of them in memory. */
-#define EACH(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
+#define TWELVE(m) m(0) m(1) m(2) m(3) m(4) m(5) m(6) m(7) m(8) m(9) m(10) m(11)
 
-WIDE static uint64_t multiply_wide(int64_t steps) {
+ON_VNNI static uint64_t multiply_wide(int64_t steps) {
     const __m512i one = _mm512_set1_epi8(3), other = _mm512_set1_epi8(5);
 #define WIDE_SUM(i) __m512i s##i = _mm512_set1_epi32(i);
-    EACH(WIDE_SUM)
+    TWELVE(WIDE_SUM)
     for (int64_t step = 0; step < steps; step++) {
 #define WIDE_STEP(i) s##i = _mm512_dpbusd_epi32(s##i, one, other);
-        EACH(WIDE_STEP) EACH(WIDE_STEP)
+        TWELVE(WIDE_STEP) TWELVE(WIDE_STEP)
     }
 #define WIDE_FOLD(i) sum += (uint64_t)_mm512_reduce_add_epi64(s##i);
     uint64_t sum = 0;
-    EACH(WIDE_FOLD)
+    TWELVE(WIDE_FOLD)
     return sum;
 }
 
-NARROW static uint64_t multiply_narrow(int64_t steps) {
+ON_AVX2 static uint64_t multiply_narrow(int64_t steps) {
     __m256i one = _mm256_set1_epi8(3);
     const __m256i other = _mm256_set1_epi8(5), ones = _mm256_set1_epi16(1);
 #define NARROW_SUM(i) __m256i s##i = _mm256_set1_epi32(i);
@@ -66,6 +64,33 @@ NARROW static uint64_t multiply_narrow(int64_t steps) {
 }
 #endif
 
+#if defined(ON_AMX)
+/* Two tiles of each side make four of sums. */
+ON_AMX static uint64_t multiply_tiles(int64_t steps) {
+    int32_t sums[16][16];
+    for (int i = 0; i < 256; i++) sums[i / 16][i % 16] = i * 40503; /* zeros take less power */
+    amx_begin();
+    AMX_READS
+    _tile_loadd(4, sums, 64);
+    _tile_loadd(5, sums, 64);
+    _tile_loadd(6, sums, 64);
+    _tile_loadd(7, sums, 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; step++) {
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64);
+    amx_end();
+    return (uint64_t)sums[0][0];
+}
+#endif
+
 static uint64_t read_plain(const char *from, int64_t bytes) {
     const int64_t share = bytes / STREAMS / 64 * 8;
     const uint64_t *words = (const uint64_t *)from;
@@ -77,15 +102,16 @@ static uint64_t read_plain(const char *from, int64_t bytes) {
 
 typedef struct {
     const char *from;
-    int64_t amount, wide;
+    int64_t amount;
+    int level;
     uint64_t sum;
     double operations;
 } task;
 
 static void *read_share(void *argument) {
     task *self = argument;
-#if defined(__x86_64__)
-    if (self->wide) self->sum = read_wide(self->from, self->amount);
+#if defined(ON_AVX2)
+    if (self->level >= AVX512_VNNI) self->sum = read_wide(self->from, self->amount);
     else
 #endif
         self->sum = read_plain(self->from, self->amount);
@@ -94,20 +120,20 @@ static void *read_share(void *argument) {
 
 static void *multiply_share(void *argument) {
     task *self = argument;
-#if defined(__x86_64__)
-    self->sum = self->wide ? multiply_wide(self->amount) : multiply_narrow(self->amount);
-    self->operations = (double)self->amount * (self->wide ? 24 * 128 : 8 * 64);
+#if defined(ON_AMX)
+    if (self->level == AMX) {
+        self->sum = multiply_tiles(self->amount / 4); /* each takes longer */
+        self->operations = (double)(self->amount / 4) * 4 * 2 * 16 * 16 * 64;
+        return 0;
+    }
 #endif
-    return 0;
-}
-
-static int has_vnni(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-#else
-    return 0;
+#if defined(ON_AVX2)
+    const int wide = self->level >= AVX512_VNNI;
+    self->sum = wide ? multiply_wide(self->amount) : multiply_narrow(self->amount);
+    self->operations = (double)self->amount * (wide ? 24 * 128 : 8 * 64);
 #endif
+    (void)self;
+    return 0;
 }
 
 static double now(void) {
@@ -135,7 +161,7 @@ double read_rate(const char *from, int64_t bytes, int64_t threads) {
     task tasks[MAX_THREADS];
     const int64_t share = bytes / threads / 4096 * 4096;
     for (int64_t i = 0; i < threads; i++)
-        tasks[i] = (task){from + i * share, share, has_vnni(), 0, 0};
+        tasks[i] = (task){from + i * share, share, best_level(), 0, 0};
     return (double)(share * threads) / run(tasks, threads, read_share);
 }
 
@@ -143,8 +169,11 @@ double read_rate(const char *from, int64_t bytes, int64_t threads) {
 double int8_rate(int64_t steps, int64_t threads) {
     task tasks[MAX_THREADS];
     double operations = 0;
-    for (int64_t i = 0; i < threads; i++) tasks[i] = (task){0, steps, has_vnni(), 0, 0};
+    for (int64_t i = 0; i < threads; i++) tasks[i] = (task){0, steps, best_level(), 0, 0};
     const double seconds = run(tasks, threads, multiply_share);
     for (int64_t i = 0; i < threads; i++) operations += tasks[i].operations;
     return operations / seconds;
 }
+
+/* What it is a rate of. */
+const char *int8_name(void) { return level_name(best_level()); }
