@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 PEAKS = PANEL // QUARTER  # kept of a panel and query where not all is read at once
 STREAM_BYTES = 1 << 23  # of codes that a thread takes at a time, at most
 TURNED = 4  # vectors that are rotated at once
+AMX = 3  # the level of tiles
 
 
 class Stage(enum.IntEnum):

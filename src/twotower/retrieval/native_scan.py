@@ -23,6 +23,7 @@ MOST_SCRATCH = 1 << 25  # numbers, 128 MB, kept between searches
 NOTHING = Scratch.of(0, 0)
 STAGED_ROWS = 1 << 18  # from so many rows on stages are worth a phase of their own
 ROWS_A_RESULT = 256  # and from so many for each of the k results
+TILED_QUERIES = 32  # from so many on AMX reads all codes in less time than stages take
 MOST_RESULTS = 1 << 17  # of all queries, for each of which two rows are scored first
 REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this size; those with the nearest tails decide
 EXPLORE = 32  # one search of so many tries the ways in turn
@@ -112,6 +113,7 @@ class NativeScan(CodedScan):
         """Whether there are a tail, and rows enough."""
         store, rows = self.coded.store, self._rows.size
         few = count * k <= MOST_RESULTS
+        few &= self._level < native.AMX or count < TILED_QUERIES
         return (
             store.head < store.width and few and rows >= max(self._staged_rows, ROWS_A_RESULT * k)
         )
