@@ -74,7 +74,7 @@ typedef struct {
 } tt_pending;
 
 typedef struct { /* queries that have rows that may reach their limits, which, and their products */
-    uint32_t some, rows[WIDE];
+    uint32_t rows[WIDE], some;
     int32_t dots[WIDE][HALF];
 } tt_reached;
 
