@@ -20,7 +20,7 @@ from twotower.retrieval.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
 from twotower.retrieval.native import Scratch, Stage
-from twotower.retrieval.native_scan import NativeScan, StageExperience, rotate
+from twotower.retrieval.native_scan import TILED_QUERIES, NativeScan, StageExperience, rotate
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.tiers import Tier
 from twotower.retrieval.torch_scan import TorchScan
@@ -430,6 +430,17 @@ def test_a_search_in_stages_reads_few_of_the_codes(
     assert len(seen) == 1
     assert seen[0] is not None
     assert 0.25 < seen[0] < most
+
+
+def test_amx_multiplies_many_queries_without_stages() -> None:
+    rows = rows_of("clip", 3000, 64, np.random.default_rng(0))
+    index = make("native 0", 64)
+    for level, most in ((native.AMX - 1, 100), (native.AMX, TILED_QUERIES - 1)):
+        scan = NativeScan(index._rows, level, tail_energy=1.0, staged_rows=0)
+        index._scan = scan
+        index.add(rows)
+        assert scan._may_stage(most, 10)
+        assert scan._may_stage(most + 1, 10) == (level < native.AMX)
 
 
 def test_memory_of_searches_before_will_do_for_any_number_of_queries() -> None:

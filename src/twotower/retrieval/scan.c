@@ -20,7 +20,8 @@
  *   seed    the rows that look best, scored, make a threshold;
  *   open    what is left of the quarters whose bound reaches it, the front before the back;
  *   finish  what is left is re-ranked.
- * Else all parts are scanned together. */
+ * Else all parts are scanned together: of groups of panels by a few queries at a time, or, where a
+ * level multiplies matrices, of half a panel by all of them. */
 
 #include <float.h>
 #include <math.h>
@@ -42,7 +43,7 @@
                           * memory's channels */
 #define AHEAD 4 /* panels that are asked for before they are opened */
 #define ROWS_AHEAD 4 /* rows that are asked for before they are scored */
-#define WIDE_QUERIES 2 /* from so many on sixteen at once, where a level does that */
+#define WIDE_QUERIES 2 /* from so many on in blocks, where a level has them */
 #define SEEDS(k) (2 * (k) + 44) /* rows that look best, of which the k best make a threshold */
 
 typedef struct {
@@ -538,7 +539,7 @@ static void *scan(void *argument) {
     return 0;
 }
 
-/* ---- many queries at a time ---------------------------------------------------------------- */
+/* ---- queries in blocks, for levels that multiply matrices ----------------------------------- */
 
 static int64_t num_wide(const tt_job *job) { return (job->num_queries + WIDE - 1) / WIDE; }
 
@@ -548,7 +549,7 @@ static int64_t steps_of(const tt_job *job) {
     return steps;
 }
 
-/* A query's codes as the i-th of those in `to`. */
+/* A query's codes as the i-th of a block. */
 static void pack_query(const tt_job *job, int64_t query, int i, int8_t (*to)[WIDE][4 * STEP]) {
     static const int order[PARTS] = {FRONT, BACK, HEAD};
     for (int number = 0; number < PARTS; number++) {
@@ -562,23 +563,24 @@ static void pack_query(const tt_job *job, int64_t query, int i, int8_t (*to)[WID
     }
 }
 
-/* Lay out the queries in blocks; whether there was memory. */
+/* Lay out the queries; whether there was memory. */
 static int make_wide(const worker *self, plan *plan) {
     const tt_job *job = self->job;
-    const int64_t tiles = num_wide(job), steps = steps_of(job);
+    const int64_t blocks = num_wide(job), steps = steps_of(job);
     const size_t bytes = sizeof(int8_t[WIDE][4 * STEP]); /* of a step, and of `less` */
-    _Static_assert(sizeof(int32_t[WIDE][QUARTER]) == sizeof(int8_t[WIDE][4 * STEP]), "equal");
-    plan->wide = calloc((size_t)tiles, sizeof *plan->wide);
-    plan->memory = calloc((size_t)(tiles * (steps + 1)) + 1, bytes);
+    _Static_assert(sizeof(int32_t[WIDE][QUARTER]) == sizeof(int8_t[WIDE][4 * STEP]), "as large");
+    plan->wide = calloc((size_t)blocks, sizeof *plan->wide);
+    plan->memory = calloc((size_t)(blocks * (steps + 1)) + 1, bytes);
     if (!plan->wide || !plan->memory) return 0;
     char *place = (char *)plan->memory + (bytes - (uintptr_t)plan->memory % bytes);
-    for (int64_t number = 0; number < tiles; number++, place += (steps + 1) * (int64_t)bytes) {
+    for (int64_t number = 0; number < blocks; number++, place += (steps + 1) * (int64_t)bytes) {
         tt_wide *made = plan->wide + number;
         int32_t(*less)[QUARTER] = (void *)place;
         int8_t(*codes)[WIDE][4 * STEP] = (void *)(place + bytes);
         for (int i = 0; i < WIDE && number * WIDE + i < job->num_queries; i++) {
             const tt_asked *asked = &self->states[number * WIDE + i].asked;
-            /* A millionth is more than what rounding does to a bound here. */
+            /* Rounding moves a bound by less than eight fp32 roundings, half a millionth, of the
+             * norm and of its width; what is let through too much is looked at again. */
             const float factor = 1.000001f / asked->scale;
             const float error = (asked->error + 0.000001f) * factor;
             made->factor = made->factor < factor ? factor : made->factor;
@@ -977,10 +979,12 @@ static int64_t group_size(const worker *self, int64_t panels, int phases) {
     int64_t bytes = 0;
     for (int part = 0; part <= (phases ? last_part(job) : BACK); part++)
         bytes += job->part[part] * 4 * PANEL;
+    const int once = job->num_queries == 1 || (self->limits && !phases); /* no panel comes again */
     int64_t wanted = GROUP_BYTES;
-    if (job->num_queries == 1) { /* large, but eight shares a thread */
+    if (once) { /* large, but eight shares a thread */
         const int64_t fair = panels * bytes / (8 * self->num_threads);
-        wanted = fair < STREAM_BYTES ? fair : STREAM_BYTES;
+        const int64_t most = job->num_queries == 1 ? STREAM_BYTES : 4 * GROUP_BYTES;
+        wanted = fair < most ? fair : most;
     } else if (job->num_queries <= TILE) {
         wanted = 4 * GROUP_BYTES;
     }

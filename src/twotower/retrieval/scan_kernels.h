@@ -826,7 +826,8 @@ ON_AMX static void amx_last(const tt_pending *before, const tt_products *product
 /* The variants that a level runs. */
 static kernels choose_kernels(int64_t level) {
     kernels chosen = {.dots = TABLE_OF(plain_dots), .single = plain_dots_1,
-                      .reach = plain_reach, .peaks = plain_peaks, .product = plain_product, .turn = plain_turn};
+                      .reach = plain_reach, .peaks = plain_peaks, .product = plain_product,
+                      .turn = plain_turn};
 #if defined(ON_AVX2)
     static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
     chosen.flips = level == AVX2;
