@@ -195,6 +195,15 @@ def check_every_tier(case: Case) -> None:
             assert_same(found, want)
 
 
+@pytest.mark.parametrize("tier", ["torch", "reference"])
+def test_scores_below_the_range_of_fp32_stand_in_order(tier: str) -> None:
+    rows = rows_of("clustered", 20_000, 1, np.random.default_rng(1))
+    index = make(tier, 1, Metric.ip)
+    index.add(rows)
+    scores = index.search(np.full((1, 1), -2.001e-41, np.float32), 20_000).scores[0]
+    assert (scores[1:] <= scores[:-1]).all()
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", ["clip", "duplicated", "integers", "constant"])
 def test_threads_batches_and_room_change_nothing(kind: str, tier: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from twotower.config import IndexConfig, Metric
 from twotower.retrieval.arrays import chosen, map_arrays, whole, write_arrays
-from twotower.retrieval.candidates import rank_in_query
+from twotower.retrieval.candidates import rank_in_query, round_to_24_bits
 from twotower.retrieval.certificate import Float64Array
 from twotower.retrieval.index import (
     INDEXES,
@@ -138,7 +138,8 @@ class ExactIndex:
             found, scores = scan.search(queries[chosen].astype(np.float64), k)
             place = (chosen[found.query], rank_in_query(found.query))
             with np.errstate(over="ignore"):  # a score beyond fp32 is returned as infinity
-                result.scores[place] = scores
+                # By way of what they are ranked by: below fp32's range that decides on a step.
+                result.scores[place] = round_to_24_bits(scores)
             result.ids[place] = self._rows.ids.array[found.position]
         return result
 
