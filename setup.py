@@ -9,9 +9,9 @@ setup(
         # Loaded by ctypes, so it needs no Python headers and serves every version of Python.
         # Optional: without a compiler the search does with torch, and `twotower info` says so.
         Extension(
-            "twotower.retrieval._scan",
-            ["src/twotower/retrieval/scan.c"],
-            depends=[f"src/twotower/retrieval/scan_{part}.h" for part in ("heaps", "kernels")],
+            "twotower.retrieval.scan._scan",
+            ["src/twotower/retrieval/scan/scan.c"],
+            depends=[f"src/twotower/retrieval/scan/scan_{part}.h" for part in ("heaps", "kernels")],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             libraries=["m"],

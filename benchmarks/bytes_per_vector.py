@@ -27,7 +27,7 @@ from twotower.retrieval import INDEXES
 from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig, import_faiss
 from twotower.retrieval.index import FloatArray, VectorIndex
-from twotower.retrieval.milvus_collection import MilvusConfig
+from twotower.retrieval.milvus.collection import MilvusConfig
 from twotower.retrieval.saved import save_index
 from twotower.retrieval.synthetic import clip_like, queries_of
 

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 
 from twotower.machine import processor
-from twotower.retrieval.codes import huge_pages
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import import_faiss
 from twotower.retrieval.index import FloatArray
+from twotower.retrieval.scan.codes import huge_pages
+from twotower.retrieval.scan.tiers import Tier, choose_tier, describe
 from twotower.retrieval.synthetic import clip_like, queries_of
-from twotower.retrieval.tiers import Tier, choose_tier, describe
 
 PAUSE = (
     0.1  # seconds: threads of BLAS and OpenMP wait for more work, and take time from whom is next

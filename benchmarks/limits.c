@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <time.h>
 
-#include "../src/twotower/retrieval/scan_kernels.h"
+#include "../src/twotower/retrieval/scan/scan_kernels.h"
 
 #define STREAMS 4 /* read at once by a thread: one alone does not fill the memory's channels */
 #define MAX_THREADS 256

@@ -28,7 +28,7 @@ find_python() {
 # The stamp is written last, so that an interrupted installation is taken up again.
 make_environment() {
   local folder=$1 extras=$2 stamp
-  stamp="$PWD [$extras] $(cat setup.cfg setup.py pyproject.toml src/twotower/retrieval/scan*.[ch] | sha256sum)"
+  stamp="$PWD [$extras] $(cat setup.cfg setup.py pyproject.toml src/twotower/retrieval/scan/*.[ch] | sha256sum)"
   if up_to_date "$folder" "$stamp"; then return; fi
   empty_environment "$folder"
   echo "installing twotower[$extras] into $folder: minutes and some gigabytes the first time"

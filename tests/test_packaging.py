@@ -56,7 +56,8 @@ def test_without_a_compiler_the_wheel_installs_and_searches(tmp_path: Path) -> N
         wheel.extractall(tmp_path / "site")
     search = """
 import numpy, twotower
-from twotower.retrieval import INDEXES, tiers
+from twotower.retrieval import INDEXES
+from twotower.retrieval.scan import tiers
 from twotower.retrieval.exact import ExactConfig
 index = INDEXES.build(ExactConfig(), 8)
 rows = numpy.random.default_rng(0).standard_normal((500, 8))
@@ -99,7 +100,7 @@ def test_wheel_holds_every_source_and_every_config(wheel: list[str]) -> None:
     expected = {*source, *config, "twotower/conf/__init__.py", "twotower/py.typed"}
     held = {name for name in wheel if name.startswith("twotower/")}
     (compiled,) = held - expected
-    assert compiled.startswith("twotower/retrieval/_scan.")
+    assert compiled.startswith("twotower/retrieval/scan/_scan.")
     assert expected < held
 
 

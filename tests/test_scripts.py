@@ -48,8 +48,8 @@ def root(tmp_path: Path) -> Path:
         (root / folder).mkdir(parents=True)
     for folder in ("scripts", ".ci"):
         shutil.copytree(ROOT / folder, root / folder)
-    (root / "src" / "twotower" / "retrieval").mkdir(parents=True)
-    scan = "src/twotower/retrieval/scan"
+    (root / "src" / "twotower" / "retrieval" / "scan").mkdir(parents=True)
+    scan = "src/twotower/retrieval/scan/scan"
     for name in ("setup.cfg", "setup.py", "pyproject.toml", f"{scan}.c", f"{scan}_kernels.h"):
         shutil.copy(ROOT / name, root / name)
     program(root / "tools" / "python3", PYTHON)

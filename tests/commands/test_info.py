@@ -12,7 +12,7 @@ from twotower.commands.info import run
 from twotower.config import Config, DataConfig, FreeText, IndexConfig, RunConfig
 from twotower.machine import describe, table
 from twotower.model_config import ModelConfig
-from twotower.retrieval import tiers
+from twotower.retrieval.scan import tiers
 from twotower.train_config import LossConfig
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.retrieval.reference import assert_equal_up_to_ties, brute_force
 from twotower.config import Metric
 from twotower.distributed import num_threads
-from twotower.retrieval import reference_scan
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, IdArray, SearchResult, unit_rows
-from twotower.retrieval.tiers import Tier
+from twotower.retrieval.scan import reference_scan
+from twotower.retrieval.scan.tiers import Tier
 from twotower.settings import ConfigError
 
 REFERENCE = Tier.reference  # the other tiers: test_certified.py

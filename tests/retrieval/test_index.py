@@ -16,7 +16,7 @@ from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray, IdArray, VectorIndex, unit_rows
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.retrieval.saved import load_index, save_index
-from twotower.retrieval.tiers import Tier
+from twotower.retrieval.scan.tiers import Tier
 from twotower.settings import ConfigError
 
 DIM = 12

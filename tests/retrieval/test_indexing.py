@@ -16,7 +16,7 @@ from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
 from twotower.retrieval.index import Modality
 from twotower.retrieval.indexing import describe, index_store
 from twotower.retrieval.kept import kept_folder, open_index
-from twotower.retrieval.opening import open_collections
+from twotower.retrieval.search.opening import open_collections
 from twotower.settings import ConfigError
 
 HNSW = FaissConfig(factory="HNSW8")

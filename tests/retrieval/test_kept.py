@@ -10,14 +10,14 @@ import pytest
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.engine_config import Engine
-from twotower.retrieval.auto_config import AutoConfig
+from twotower.retrieval.auto.card import Card, Tried
+from twotower.retrieval.auto.config import AutoConfig
 from twotower.retrieval.build import build_index
-from twotower.retrieval.card import Card, Tried
 from twotower.retrieval.exact import ExactConfig
 from twotower.retrieval.faiss_index import FaissConfig, FaissIndex
 from twotower.retrieval.index import Modality, SearchResult, VectorIndex
 from twotower.retrieval.kept import Made, keep_index, kept_folder, make_index, open_index
-from twotower.retrieval.milvus_collection import MilvusConfig
+from twotower.retrieval.milvus.collection import MilvusConfig
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.settings import ConfigError
 

@@ -11,11 +11,12 @@ import pytest
 
 from tests.retrieval.reference import brute_force
 from twotower.config import Metric
-from twotower.retrieval import arrays, certified_scan
+from twotower.retrieval import arrays
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, IdArray, VectorIndex, unit_rows
 from twotower.retrieval.saved import load_index, save_index
-from twotower.retrieval.tiers import Tier
+from twotower.retrieval.scan import certified_scan
+from twotower.retrieval.scan.tiers import Tier
 from twotower.settings import ConfigError
 
 DIM = 24

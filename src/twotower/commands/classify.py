@@ -1,7 +1,7 @@
 """`twotower classify`: pictures labelled with the nearest words of a vocabulary."""
 
 from twotower.config import Config, FreeText
-from twotower.retrieval.classify import classify
+from twotower.retrieval.search.classify import classify
 
 
 def run(config: Config, free: FreeText) -> None:

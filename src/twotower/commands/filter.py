@@ -1,7 +1,7 @@
 """`twotower filter`: the best pictures of a query, copied into a folder or listed in a file."""
 
 from twotower.config import Config, FreeText
-from twotower.retrieval.picking import pick
+from twotower.retrieval.search.picking import pick
 
 
 def run(config: Config, free: FreeText) -> None:

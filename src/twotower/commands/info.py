@@ -7,7 +7,7 @@ from pathlib import Path
 from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.machine import describe, table
-from twotower.retrieval import tiers
+from twotower.retrieval.scan import tiers
 
 
 def run(config: Config, free: FreeText) -> None:

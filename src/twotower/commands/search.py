@@ -1,7 +1,7 @@
 """`twotower search`: the nearest pictures to words or to a picture."""
 
 from twotower.config import Config, FreeText
-from twotower.retrieval.session import search_store
+from twotower.retrieval.search.session import search_store
 
 
 def run(config: Config, free: FreeText) -> None:

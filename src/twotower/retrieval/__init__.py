@@ -1,13 +1,15 @@
 """Search: an index module registers a function `config, dim -> VectorIndex` beside its config."""
 
-from twotower.retrieval import auto, exact, faiss_index, milvus_index
+from twotower.retrieval import exact, faiss_index
+from twotower.retrieval.auto import choice
 from twotower.retrieval.index import INDEXES, SearchResult, VectorIndex
+from twotower.retrieval.milvus import index as milvus_index
 
 __all__ = [
     "INDEXES",
     "SearchResult",
     "VectorIndex",
-    "auto",
+    "choice",
     "exact",
     "faiss_index",
     "milvus_index",

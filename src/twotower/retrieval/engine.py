@@ -29,7 +29,7 @@ class IndexRegistry(Registry[T]):
         if not isinstance(config, IndexConfig) or config.engine is Engine.local:
             return super().build(config, *args, **kwargs)
         check_engine(config)
-        from twotower.retrieval.ray_index import RayIndex
+        from twotower.retrieval.ray.index import RayIndex
 
         index: Any = RayIndex(config, *args, **kwargs)  # a VectorIndex, which is what T is here
         return index  # type: ignore[no-any-return]

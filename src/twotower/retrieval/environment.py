@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from twotower.machine import processor
-from twotower.retrieval import tiers
 from twotower.retrieval.faiss_index import import_faiss
+from twotower.retrieval.scan import tiers
 from twotower.settings import ConfigError
 
 

@@ -15,8 +15,6 @@ import numpy as np
 
 from twotower.config import IndexConfig, Metric
 from twotower.retrieval.arrays import chosen, map_arrays, whole, write_arrays
-from twotower.retrieval.candidates import rank_in_query, round_to_24_bits
-from twotower.retrieval.certificate import Float64Array
 from twotower.retrieval.index import (
     INDEXES,
     NO_ID,
@@ -29,10 +27,12 @@ from twotower.retrieval.index import (
     no_hits,
     norms_of,
 )
-from twotower.retrieval.reference_scan import ReferenceScan
 from twotower.retrieval.row_files import RowFile
 from twotower.retrieval.rows import KeptRows, Rows, as_stored
-from twotower.retrieval.tiers import Tier, make_scan
+from twotower.retrieval.scan.candidates import rank_in_query, round_to_24_bits
+from twotower.retrieval.scan.certificate import Float64Array
+from twotower.retrieval.scan.reference_scan import ReferenceScan
+from twotower.retrieval.scan.tiers import Tier, make_scan
 from twotower.settings import ConfigError, setting
 
 FILES = "row_files"  # what a saved index says of rows that lie outside of it

@@ -12,13 +12,13 @@ from twotower.config import Config, FreeText
 from twotower.console import say
 from twotower.embedding.store import EmbeddingStore
 from twotower.index_config import Indexed
+from twotower.retrieval.auto.card import CARD, Card, table
 from twotower.retrieval.build import store_fingerprint
-from twotower.retrieval.card import CARD, Card, table
 from twotower.retrieval.clip_retrieval import NAMES, write_for_clip_retrieval
 from twotower.retrieval.index import INDEXES, Modality
 from twotower.retrieval.kept import index_fingerprint, keep_index, kept_folder, make_index
-from twotower.retrieval.opening import open_stores
 from twotower.retrieval.saved import read_manifest
+from twotower.retrieval.search.opening import open_stores
 from twotower.runs import store_path
 from twotower.settings import ConfigError, to_plain
 

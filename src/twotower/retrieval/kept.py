@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 from twotower.config import IndexConfig
 from twotower.embedding.store import EmbeddingStore
 from twotower.engine_config import Engine, EngineConfig
-from twotower.retrieval.auto import choose
-from twotower.retrieval.auto_config import AutoConfig
+from twotower.retrieval.auto.card import Card, remove_card, write_card
+from twotower.retrieval.auto.choice import choose
+from twotower.retrieval.auto.config import AutoConfig
 from twotower.retrieval.build import build_index, shards_of, store_fingerprint
-from twotower.retrieval.card import Card, remove_card, write_card
 from twotower.retrieval.clip_retrieval import remove_for_clip_retrieval
 from twotower.retrieval.engine import check_engine
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import Modality, VectorIndex
-from twotower.retrieval.milvus_collection import MilvusConfig
-from twotower.retrieval.milvus_store import open_collection
+from twotower.retrieval.milvus.collection import MilvusConfig
+from twotower.retrieval.milvus.store import open_collection
 from twotower.retrieval.rerank import RerankedIndex
 from twotower.retrieval.saved import (
     MANIFEST,

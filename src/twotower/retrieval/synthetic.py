@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from twotower.retrieval.codes import huge_pages
 from twotower.retrieval.index import FloatArray, unit_rows
+from twotower.retrieval.scan.codes import huge_pages
 
 CLUSTER = 50  # rows of one cluster, on average
 CHUNK = 65_536

@@ -21,7 +21,7 @@ from twotower.retrieval.benchmark.building import (
 from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import AnyFloatArray
-from twotower.retrieval.tiers import Tier
+from twotower.retrieval.scan.tiers import Tier
 from twotower.settings import ConfigError
 
 

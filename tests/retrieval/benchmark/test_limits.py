@@ -9,8 +9,8 @@ from twotower.retrieval.benchmark import limits
 from twotower.retrieval.benchmark.limits import Limits, Rates, Work, least_work, share_of
 from twotower.retrieval.exact import ExactConfig, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
-from twotower.retrieval.tiers import Tier
-from twotower.retrieval.torch_scan import probe
+from twotower.retrieval.scan.tiers import Tier
+from twotower.retrieval.scan.torch_scan import probe
 
 
 def test_the_least_work_is_every_row_once_a_call() -> None:

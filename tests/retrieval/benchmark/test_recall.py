@@ -5,13 +5,13 @@ import pytest
 
 from tests.retrieval.benchmark.helpers import some_rows
 from twotower.config import Metric
+from twotower.retrieval.auto.recall import shares_found, without_own
 from twotower.retrieval.benchmark.data import Queries
 from twotower.retrieval.benchmark.recall import Truth
 from twotower.retrieval.build import build_index
 from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import IdArray, SearchResult
-from twotower.retrieval.recall import shares_found, without_own
 
 
 @pytest.mark.parametrize("metric", list(Metric))

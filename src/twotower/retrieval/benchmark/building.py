@@ -20,7 +20,7 @@ from twotower.retrieval.benchmark.data import Data
 from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.faiss_index import FaissConfig
 from twotower.retrieval.index import INDEXES, AnyFloatArray, VectorIndex
-from twotower.retrieval.tiers import Tier
+from twotower.retrieval.scan.tiers import Tier
 from twotower.settings import ConfigError
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from twotower.config import IndexConfig
-from twotower.retrieval.codes import huge_pages
 from twotower.retrieval.exact import ExactConfig, RowMemory
-from twotower.retrieval.tiers import Tier, choose_tier
-from twotower.retrieval.torch_scan import probe
+from twotower.retrieval.scan.codes import huge_pages
+from twotower.retrieval.scan.tiers import Tier, choose_tier
+from twotower.retrieval.scan.torch_scan import probe
 
 READ_BYTES = 1 << 28
 SHAPE = (8192, 512, 1024)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from twotower.retrieval.auto.recall import search_others, shares_found
 from twotower.retrieval.benchmark.data import Queries
 from twotower.retrieval.exact import ExactIndex
 from twotower.retrieval.index import SearchResult, VectorIndex
-from twotower.retrieval.recall import search_others, shares_found
 
 
 class Truth:

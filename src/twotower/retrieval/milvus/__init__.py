@@ -1,0 +1,1 @@
+"""Search through Milvus: a cluster or server, or milvus-lite in a file."""

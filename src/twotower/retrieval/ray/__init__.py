@@ -1,0 +1,1 @@
+"""An index in shards on the nodes of a Ray cluster."""

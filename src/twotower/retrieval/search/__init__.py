@@ -1,0 +1,1 @@
+"""Asking: queries, filters and judgements as they are typed, and the collections they search."""
