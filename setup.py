@@ -11,7 +11,9 @@ setup(
         Extension(
             "twotower.retrieval.scan._scan",
             ["src/twotower/retrieval/scan/scan.c"],
-            depends=[f"src/twotower/retrieval/scan/scan_{part}.h" for part in ("heaps", "kernels")],
+            depends=[
+                f"src/twotower/retrieval/scan/scan_{part}.h" for part in ("amx", "heaps", "kernels")
+            ],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             libraries=["m"],
