@@ -129,6 +129,7 @@ static void *multiply_share(void *argument) {
 #endif
 #if defined(ON_AVX2)
     const int wide = self->level >= AVX512_VNNI;
+    if (self->level == PLAIN) return 0;
     self->sum = wide ? multiply_wide(self->amount) : multiply_narrow(self->amount);
     self->operations = (double)self->amount * (wide ? 24 * 128 : 8 * 64);
 #endif
@@ -176,4 +177,10 @@ double int8_rate(int64_t steps, int64_t threads) {
 }
 
 /* What it is a rate of. */
-const char *int8_name(void) { return level_name(best_level()); }
+const char *int8_name(void) {
+#if defined(ON_AVX2)
+    return level_name(best_level());
+#else
+    return "unknown";
+#endif
+}

@@ -12,7 +12,8 @@ static float uniform(void) { /* from -1 to 1 */
     return (float)(seed >> 8) / 8388608.0f - 1.0f;
 }
 
-static void *room(size_t bytes) { /* exactly, so that a byte beyond is noticed */
+/* Exactly, so that a byte beyond is noticed; but sanitizers do not see what AMX loads and stores. */
+static void *room(size_t bytes) {
     void *made = calloc(bytes ? bytes : 1, 1);
     if (!made) exit(3);
     return made;
@@ -197,7 +198,7 @@ static int check_turn(int64_t count, int64_t dim, int64_t stride, int64_t thread
 
 /* Queries in blocks, the last of them not full, and codes of few words or of steps and a rest. */
 static int check_blocks(int64_t level) {
-    static const int64_t queries[] = {7, 8, 9, 15, 16, 17, 31, 32, 33, 65};
+    static const int64_t queries[] = {2, 7, 9, 15, 16, 17, 31, 32, 33, 65};
     static const int64_t dims[] = {12, 60, 64, 68, 130, 260};
     int bad = 0;
     for (int q = 0; q < 10; q++)

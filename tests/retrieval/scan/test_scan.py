@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from pathlib import Path
 
@@ -38,3 +39,5 @@ def test_levels_have_names() -> None:
     assert native.level_name(native.level()) in {
         *("plain C", "AVX2", "AVX-512 VNNI", "AMX int8", "NEON dot product")
     }
+    if platform.machine() in {"x86_64", "AMD64"}:
+        assert native.level_name(native.AMX) == "AMX int8"
