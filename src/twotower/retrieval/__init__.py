@@ -1,7 +1,7 @@
 """Search: an index module registers a function `config, dim -> VectorIndex` beside its config."""
 
 from twotower.retrieval import exact, faiss_index
-from twotower.retrieval.auto import choice
+from twotower.retrieval.auto import choice as auto_index
 from twotower.retrieval.index import INDEXES, SearchResult, VectorIndex
 from twotower.retrieval.milvus import index as milvus_index
 
@@ -9,7 +9,7 @@ __all__ = [
     "INDEXES",
     "SearchResult",
     "VectorIndex",
-    "choice",
+    "auto_index",
     "exact",
     "faiss_index",
     "milvus_index",

@@ -19,6 +19,7 @@ from twotower.retrieval.index import (
     INDEXES,
     NO_ID,
     AnyFloatArray,
+    Float64Array,
     IdArray,
     SearchResult,
     as_searched,
@@ -30,7 +31,6 @@ from twotower.retrieval.index import (
 from twotower.retrieval.row_files import RowFile
 from twotower.retrieval.rows import KeptRows, Rows, as_stored
 from twotower.retrieval.scan.candidates import rank_in_query, round_to_24_bits
-from twotower.retrieval.scan.certificate import Float64Array
 from twotower.retrieval.scan.reference_scan import ReferenceScan
 from twotower.retrieval.scan.tiers import Tier, make_scan
 from twotower.settings import ConfigError, setting
@@ -138,7 +138,8 @@ class ExactIndex:
             found, scores = scan.search(queries[chosen].astype(np.float64), k)
             place = (chosen[found.query], rank_in_query(found.query))
             with np.errstate(over="ignore"):  # a score beyond fp32 is returned as infinity
-                # By way of what they are ranked by: below fp32's range that decides on a step.
+                # Rounded as they were ranked first: below fp32's range its coarser steps would else
+                # be decided by bits that the rank did not see.
                 result.scores[place] = round_to_24_bits(scores)
             result.ids[place] = self._rows.ids.array[found.position]
         return result

@@ -15,6 +15,7 @@ from twotower.retrieval.engine import IndexRegistry
 from twotower.settings import ConfigError
 
 FloatArray = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 IdArray = npt.NDArray[np.int64]
 AnyFloatArray = npt.NDArray[np.floating]
 
@@ -138,7 +139,7 @@ def check_rows(rows: AnyFloatArray, dim: int, what: str = "row") -> AnyFloatArra
     return rows
 
 
-def norms_of(rows: AnyFloatArray) -> npt.NDArray[np.float64]:
+def norms_of(rows: AnyFloatArray) -> Float64Array:
     """The Euclidean norms (N,) of rows (N, D), in fp64 so that none over- or underflows."""
     norms = np.empty(len(rows), np.float64)
     for start, chunk in chunks(rows):
@@ -147,7 +148,7 @@ def norms_of(rows: AnyFloatArray) -> npt.NDArray[np.float64]:
     return norms
 
 
-def divisors(rows: AnyFloatArray) -> npt.NDArray[np.float64]:
+def divisors(rows: AnyFloatArray) -> Float64Array:
     """Norms (N,) to divide by; 1 for a zero row, which stays zero."""
     norms = norms_of(rows)
     return np.where(norms > 0, norms, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from twotower.config import Metric
 from twotower.retrieval.index import (
     AnyFloatArray,
+    Float64Array,
     IdArray,
     as_searched,
     divisors,
@@ -20,7 +21,6 @@ from twotower.retrieval.index import (
 )
 from twotower.retrieval.row_files import RowFile
 from twotower.retrieval.row_ids import RowIds
-from twotower.retrieval.scan.certificate import Float64Array
 from twotower.settings import ConfigError
 
 RERANK = 256  # rows scored exactly at a time: 1 MB at 512 dimensions, which stays in the cache

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +22,7 @@ from twotower.retrieval.exact import ExactConfig, ExactIndex, RowMemory
 from twotower.retrieval.index import AnyFloatArray, SearchResult, divisors, unit_rows
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan import native, tiers, torch_scan
-from twotower.retrieval.scan.certificate import CodedRows, Frame
+from twotower.retrieval.scan.certificate import CODED_DIM, CodedRows, Frame
 from twotower.retrieval.scan.codes import HUGE, CodeStore, huge_pages
 from twotower.retrieval.scan.native import Scratch, Stage
 from twotower.retrieval.scan.native_scan import TILED_QUERIES, NativeScan, StageExperience, rotate
@@ -68,13 +72,14 @@ def make(tier: str, dim: int, metric: Metric = Metric.cosine, **options: object)
 
     With `head` or `front` it reads these parts first, whatever that is worth, and codes have parts
     with `split` too. With `left` or `right` a few queries are on this side of torch's products, of
-    small blocks, and few candidates may wait.
+    small blocks and few queries, and few candidates may wait.
     """
     name, *details = tier.split()
     config = ExactConfig(tier=Tier[name], metric=metric, **options)  # type: ignore[arg-type]
     index = ExactIndex(config, dim)
     if name == "torch" and details:
-        index._scan = TorchScan(index._rows, details == ["left"], block_rows=256, pending=500)
+        left = details == ["left"]
+        index._scan = TorchScan(index._rows, left, block_rows=256, product_queries=5, pending=500)
     elif details:
         level, *parts = details
         stage = {"head": Stage.head, "front": Stage.front, "split": Stage.all}
@@ -195,13 +200,96 @@ def check_every_tier(case: Case) -> None:
             assert_same(found, want)
 
 
-@pytest.mark.parametrize("tier", ["torch", "reference"])
+@pytest.mark.parametrize("tier", ["native 0", "torch", "reference"])
 def test_scores_below_the_range_of_fp32_stand_in_order(tier: str) -> None:
     rows = rows_of("clustered", 20_000, 1, np.random.default_rng(1))
     index = make(tier, 1, Metric.ip)
     index.add(rows)
-    scores = index.search(np.full((1, 1), -2.001e-41, np.float32), 20_000).scores[0]
-    assert (scores[1:] <= scores[:-1]).all()
+    for k in (20_000, 5000):  # of all rows, and by the scan
+        scores = index.search(np.full((1, 1), -2.001e-41, np.float32), k).scores[0]
+        assert (scores[1:] <= scores[:-1]).all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_products_of_large_rows_stay_within_fp32(tier: str) -> None:
+    rng = np.random.default_rng(0)
+    for length in (35.3, 35.9):  # by powers of ten
+        rows = (rng.standard_normal((4000, 64)) * 10**length).astype(np.float32)
+        queries = rows[:8].copy()
+        queries[0] /= 10**length
+        found = []
+        for each in (tier, "reference"):
+            index = make(each, 64, Metric.ip)
+            index.add(rows)
+            found.append([index.search(queries, k) for k in (1, 5)])
+        for one, other in zip(*found, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_lets_every_row_through_that_reaches_the_threshold(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    rows, queries = rows_of(kind, 600, 48, rng), rows_of("clip", 20, 48, rng)
+    index = make("torch", 48, Metric.ip)
+    for start, stop in ((0, 250), (250, 251), (251, 600)):  # some groups have several scales
+        index.add(rows[start:stop])
+    index.delete(np.arange(3, 600, 7))
+    scan = index._scan
+    assert isinstance(scan, TorchScan)
+    coded = scan.coded.queries(queries.astype(np.float64), torch_scan.rotate)
+    asked = torch_scan._Asked(coded, np.arange(20), 10, left=False)
+    (shard,) = scan.coded.store.shards
+    (block,) = scan._blocks(shard, [asked])
+    products = torch.from_numpy(shard.codes[0][:640].astype(np.int64) @ coded.coded.codes.T)
+    scale, error, norm = (
+        torch.from_numpy(column[:640]) for column in (shard.scale, shard.error, shard.norm)
+    )
+    for row in np.setdiff1d(np.arange(600), np.arange(3, 600, 7)):
+        middle = products[row].int() * asked._scale * scale[row]
+        asked._set_threshold(middle + (norm[row] * asked._error + error[row]))
+        assert (products[row] >= asked._limit(block)[row // block.per_group]).all()
+
+
+@pytest.mark.parametrize("count", [1, 17, 50, 300, 512])
+def test_torch_compares_the_best_of_64_rows_at_any_number_of_queries(count: int) -> None:
+    index = make("torch", 8)
+    rows = np.random.default_rng(0).standard_normal((100_000, 8)).astype(np.float32)
+    index.add(rows)
+    index.delete(np.arange(0, 100_000, 5))
+    scan = index._scan
+    assert isinstance(scan, TorchScan)
+    coded = scan.coded.queries(rows[:count].astype(np.float64), torch_scan.rotate)
+    asked = torch_scan._Asked(coded, np.arange(count), 10, left=False)
+    asked._set_threshold(torch.zeros(count))
+    blocks = list(scan._blocks(scan.coded.store.shards[0], [asked]))
+    assert {block.per_group for block in blocks} == {64}
+    # A group whose rows are of one scale is known to be, whatever was deleted of it.
+    assert all(torch.equal(block.least_scale, block.most_scale) for block in blocks[:-1])
+
+
+def test_an_index_may_be_searched_in_another_process(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows, queries = rng.standard_normal((2, 500, 64)).astype(np.float32)
+    index = ExactIndex(ExactConfig(), 64)
+    index.add(rows)
+    (tmp_path / "index").write_bytes(pickle.dumps((index, queries)))
+    code = (
+        "import pickle, sys; index, queries = pickle.load(open(sys.argv[1], 'rb'));"
+        "print(index.search(queries, 3).ids.tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "index")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(index.search(queries, 3).ids.tolist())
+
+
+def test_vectors_that_are_too_long_for_codes_are_searched_without_them() -> None:
+    rows = np.random.default_rng(0).standard_normal((9, CODED_DIM + 1)).astype(np.float32)
+    index = ExactIndex(ExactConfig(), CODED_DIM + 1)
+    index.add(rows)
+    assert index._scan is None
+    np.testing.assert_array_equal(index.search(rows, 1).ids[:, 0], np.arange(9))
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -94,7 +94,7 @@ class MilvusIndex:
         """The k best rows of each query (Q, dim); see `VectorIndex.search`.
 
         Args:
-            where: an expression that `milvus_filter.translate` made: only rows that it holds for.
+            where: an expression that `milvus.filters.translate` made: only rows that it holds for.
 
         Raises:
             ConfigError: also if k is beyond the 16,384 that Milvus returns, or nothing answers.

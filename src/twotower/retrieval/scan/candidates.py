@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from twotower.config import Metric
-from twotower.retrieval.index import IdArray, divisors
+from twotower.retrieval.index import Float64Array, IdArray, divisors
 from twotower.retrieval.rows import Rows
-from twotower.retrieval.scan.certificate import Float64Array
 
 FEW_QUERIES = 8  # up to here BLAS is up to three times as fast with the rows on the left
 GROUP = 64  # scores behind one maximum: the threshold is compared with maxima, not with scores

@@ -27,11 +27,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
+from twotower.retrieval.index import AnyFloatArray, Float64Array, FloatArray, IdArray
 
-Float64Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int8]
 
+CODED_DIM = 1 << 16  # the largest with which sums of products stay in 32 bits
 BLOCK = 512  # dimensions rotated together: the work is rows x dim x block
 CHUNK = 2048  # rows quantised at a time: 8 MB in fp64 at 512 dimensions
 CENTRE_ROWS = 65_536  # rows that the centre is the mean of
@@ -41,7 +41,7 @@ BACK_ENERGY = 0.4  # of the tail's, at most
 HEAD_STEP = 16  # dimensions
 HEAD_SCALE = 2  # scan.c shifts by two bits: twice for rows and for queries
 LONGEST_HEAD = 0.5  # of all dimensions: beyond, too little is left to be saved
-LARGEST_DIM = 1024  # that principal components are computed of, at 16 rows a dimension
+AXES_DIM = 1024  # the largest that principal components are computed of, at 16 rows a dimension
 # Of |row| + |codes|: fp32 rounding of scores by codes, ties within two fp32 steps, fp64 rounding.
 ARITHMETIC = 1e-6
 ROUND_UP = 1 + 2.0**-20  # what is rounded to fp32 is still a bound
@@ -105,7 +105,7 @@ class Frame:
         centre = rows[::step].mean(axis=0, dtype=np.float64).astype(np.float32)
         rng = np.random.default_rng(seed)
         dim = rows.shape[1]
-        if tail_energy is not None and dim <= LARGEST_DIM and len(rows) >= 4 * dim:
+        if tail_energy is not None and dim <= AXES_DIM and len(rows) >= 4 * dim:
             axes, head, back = principal_axes(rows, centre, tail_energy)
             if head:
                 mixed = [

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.retrieval.arrays import WRITE_ROWS, Array, Stream, whole
-from twotower.retrieval.index import AnyFloatArray, IdArray, divisors
+from twotower.retrieval.index import AnyFloatArray, Float64Array, IdArray, divisors
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan import native
 from twotower.retrieval.scan.candidates import GROUP
-from twotower.retrieval.scan.certificate import CodedRows, Codes, Float64Array, Frame
+from twotower.retrieval.scan.certificate import CodedRows, Codes, Frame
 from twotower.retrieval.scan.codes import CodeStore
 
 
@@ -31,7 +31,7 @@ class Coded:
         if self.frame is None:
             self._use(Frame.of(rows, tail_energy=self._tail_energy))
         assert self.frame is not None
-        # Rows that torch's scan takes together have one scale: it need not scale their products.
+        # Rows that torch's scan takes together have one scale, most often: it is fastest then.
         together = 1 if self.store.packed else GROUP
         for start, coded in self.frame.code_rows(rows, together, self.store.size % together):
             self.store.reserve(len(rows) - start)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from twotower.retrieval.index import AnyFloatArray, FloatArray, IdArray
-from twotower.retrieval.scan.certificate import CodedRows, Float64Array, QueryCodes
+from twotower.retrieval.index import AnyFloatArray, Float64Array, FloatArray, IdArray
+from twotower.retrieval.scan.certificate import CodedRows, QueryCodes
 from twotower.retrieval.scan.codes import PANEL, QUARTER, Bytes, Shard, huge_pages
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ def turn(vectors: Float64Array, columns: Sequence[FloatArray], threads: int) -> 
     return out[: len(vectors)]
 
 
+@cache
 def level() -> int:
     """Which variant of the scan this processor runs: 0 is plain C."""
     loaded = library()

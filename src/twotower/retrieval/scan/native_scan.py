@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from twotower.config import Metric
+from twotower.retrieval.index import Float64Array
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan import native
 from twotower.retrieval.scan.candidates import Best, Candidates
-from twotower.retrieval.scan.certificate import TAIL_ENERGY, Float64Array, Frame
+from twotower.retrieval.scan.certificate import TAIL_ENERGY, Frame
 from twotower.retrieval.scan.certified_scan import CodedScan
 from twotower.retrieval.scan.codes import PANEL
 from twotower.retrieval.scan.native import PEAKS, Scratch, Stage
@@ -134,7 +135,9 @@ class NativeScan(CodedScan):
             k,
             cosine=self._rows.metric is Metric.cosine,
             threads=torch.get_num_threads(),
-            level=self._level,
+            # An index may have been pickled where there was a better level; and that of AMX is the
+            # process's only once it was asked for.
+            level=min(self._level, native.level()),
             stage=stage,
             scratch=scratch,
         )

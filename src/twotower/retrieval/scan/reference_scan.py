@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.retrieval.index import divisors
+from twotower.retrieval.index import Float64Array, divisors
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan.candidates import (
     GROUP,
@@ -25,7 +25,6 @@ from twotower.retrieval.scan.candidates import (
     products,
     rerank,
 )
-from twotower.retrieval.scan.certificate import Float64Array
 
 QUERY_BLOCK = 256  # queries scored at a time: with 8,192 rows 8 MB of scores
 PENDING = 1 << 21  # candidates that may wait for the re-rank

@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 from typing import Protocol
 
-from twotower.retrieval.index import AnyFloatArray, IdArray
+from twotower.retrieval.index import AnyFloatArray, Float64Array, IdArray
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan import native, torch_scan
 from twotower.retrieval.scan.candidates import Best
-from twotower.retrieval.scan.certificate import Float64Array
+from twotower.retrieval.scan.certificate import CODED_DIM
 from twotower.retrieval.scan.certified_scan import Coded
 from twotower.retrieval.scan.native_scan import NativeScan
 from twotower.retrieval.scan.torch_scan import TorchScan
@@ -73,10 +73,14 @@ NO_PRODUCT = "torch's int8 product is missing or slower than fp32"
 def make_scan(asked: Tier, rows: Rows) -> Scan | None:
     """The scan of a tier; None for the reference, which every exact index has.
 
+    It is the reference for vectors that are too long for codes, too.
+
     Raises:
         ConfigError: as `choose_tier` does.
     """
     tier = choose_tier(asked)
+    if rows.dim > CODED_DIM:
+        return None
     if tier is Tier.native:
         return NativeScan(rows)
     return TorchScan(rows) if tier is Tier.torch else None

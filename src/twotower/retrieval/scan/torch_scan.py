@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.retrieval.index import IdArray
+from twotower.retrieval.index import Float64Array, IdArray
 from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan.candidates import GROUP, Best, Candidates, group_size, rerank
-from twotower.retrieval.scan.certificate import Float64Array, Frame
+from twotower.retrieval.scan.certificate import Frame
 from twotower.retrieval.scan.certified_scan import CodedScan
 from twotower.retrieval.scan.codes import DEAD, Shard
 from twotower.retrieval.scan.native import CodedQueries
@@ -31,7 +31,8 @@ PRODUCTS = 1 << 20  # of a block: 4 MB
 BLOCK_ROWS = 1 << 16  # rows of a block at most
 PENDING = 1 << 21  # candidates that may wait for the re-rank
 FEW = 16  # from two queries to here the product may be faster with the queries on the left
-NEVER = -(1 << 31)  # less than any product
+NEVER = -(1 << 31)  # less than half of it is no product of up to CODED_DIM dimensions
+MOST = torch.finfo(torch.float32).max
 LOWER = 1 - 2.0**-20  # what is rounded to fp32 does not rule out a row
 NOTHING = Candidates(*(np.empty(0, kind) for kind in (np.int64, np.int64, float, float)))
 
@@ -93,11 +94,13 @@ class TorchScan(CodedScan):
         rows: Rows,
         left: bool | None = None,
         block_rows: int | None = None,
+        product_queries: int = PRODUCT_QUERIES,
         pending: int = PENDING,
     ) -> None:
         super().__init__(rows, packed=False)
         self._left = probe().left if left is None else left
         self._block_rows = block_rows
+        self._product_queries = product_queries
         self._pending = pending
 
     def query_block(self, k: int) -> int:
@@ -112,7 +115,7 @@ class TorchScan(CodedScan):
     def _scan(self, queries: Float64Array, k: int) -> Candidates:
         """Every row that may be among the best k of a query; bounds are those of the unit query."""
         coded = self.coded.queries(queries, rotate)
-        parts = -(-len(queries) // PRODUCT_QUERIES)
+        parts = -(-len(queries) // self._product_queries)
         asked = [
             _Asked(coded, part, k, self._left)
             for part in np.array_split(np.arange(len(queries)), parts)
@@ -132,7 +135,7 @@ class TorchScan(CodedScan):
 
     def _blocks(self, shard: Shard, asked: list[_Asked]) -> Iterator[_Block]:
         fit = min(max(PRODUCTS // asked[0].count, 1024), BLOCK_ROWS)
-        step = self._block_rows or fit
+        step = self._block_rows or fit // GROUP * GROUP
         used = -(-shard.used // GROUP) * GROUP
         for start in range(0, used, step):
             seeds = max(some.seeds for some in asked)
@@ -155,7 +158,7 @@ class _Block:
         )
         self.dead = (error.view(-1) == DEAD).nonzero()[:, 0]  # deleted, or no rows
         self.most_scale = scale.amax(1)[:, None]  # that of all rows, most often
-        self.least_scale = scale.amin(1)[:, None]
+        self.least_scale = scale.masked_fill(error == DEAD, torch.inf).amin(1)[:, None]
         self.error = error.amax(1).clamp_min(0)[:, None]
         self.norm = norm.amax(1)[:, None]
         self.inverse = torch.where(self.most_scale > 0, 1 / self.most_scale, 0)
@@ -188,7 +191,8 @@ class _Asked:
 
     def _set_threshold(self, threshold: Tensor) -> None:
         self._threshold = threshold
-        self._lowered = threshold * (LOWER * self._inverse)  # if it is above 0
+        # If it is above 0. Infinity would let nothing pass.
+        self._lowered = (threshold * (LOWER * self._inverse)).clamp_max(MOST)
         # Of how many groups lower bounds are wanted: as many as results, until there is one.
         self.seeds = self._k if bool((threshold == -torch.inf).any()) else 0
 
@@ -236,7 +240,8 @@ class _Asked:
     def _seed(self, block: _Block, peaks: Tensor) -> None:
         """Make a threshold by the best row of each group, before rows are looked at."""
         scale = torch.where(peaks > 0, block.least_scale, block.most_scale)
-        lower = peaks * scale * self._scale - block.norm * self._error - block.error
+        # By the query's scale first: products times that of a row may be beyond fp32.
+        lower = peaks * self._scale * scale - block.norm * self._error - block.error
         lower = lower.masked_fill(peaks == NEVER, -torch.inf).T
         kth = torch.cat([self._best, lower], 1).topk(self._k, sorted=False).values.amin(1)
         self._set_threshold(torch.maximum(self._threshold, kth))
@@ -264,7 +269,7 @@ class _Asked:
         scale, error, norm = (
             torch.from_numpy(column)[row] for column in (shard.scale, shard.error, shard.norm)
         )
-        middle = product * scale * self._scale[query]
+        middle = product * self._scale[query] * scale
         width = norm * self._error[query] + error
         reached = middle + width >= self._threshold[query]
         query, lower, upper = query[reached], (middle - width)[reached], (middle + width)[reached]
