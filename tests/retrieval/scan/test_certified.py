@@ -24,7 +24,7 @@ from twotower.retrieval.rows import Rows
 from twotower.retrieval.scan import native, tiers, torch_scan
 from twotower.retrieval.scan.certificate import CODED_DIM, CodedRows, Frame
 from twotower.retrieval.scan.codes import HUGE, CodeStore, huge_pages
-from twotower.retrieval.scan.native import Scratch, Stage
+from twotower.retrieval.scan.native import CodedQueries, Scratch, Stage
 from twotower.retrieval.scan.native_scan import TILED_QUERIES, NativeScan, StageExperience, rotate
 from twotower.retrieval.scan.tiers import Tier
 from twotower.retrieval.scan.torch_scan import TorchScan
@@ -226,6 +226,16 @@ def test_products_of_large_rows_stay_within_fp32(tier: str) -> None:
             assert_same(one, other)
 
 
+def asked_of(
+    index: ExactIndex, queries: AnyFloatArray
+) -> tuple[TorchScan, CodedQueries, torch_scan._Asked]:
+    """Torch's scan of an index, and what it keeps of queries."""
+    scan = index._scan
+    assert isinstance(scan, TorchScan)
+    coded = scan.coded.queries(queries.astype(np.float64), torch_scan.rotate)
+    return scan, coded, torch_scan._Asked(coded, np.arange(len(queries)), 10, left=False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_lets_every_row_through_that_reaches_the_threshold(kind: str) -> None:
     rng = np.random.default_rng(2)
@@ -234,10 +244,7 @@ def test_torch_lets_every_row_through_that_reaches_the_threshold(kind: str) -> N
     for start, stop in ((0, 250), (250, 251), (251, 600)):  # some groups have several scales
         index.add(rows[start:stop])
     index.delete(np.arange(3, 600, 7))
-    scan = index._scan
-    assert isinstance(scan, TorchScan)
-    coded = scan.coded.queries(queries.astype(np.float64), torch_scan.rotate)
-    asked = torch_scan._Asked(coded, np.arange(20), 10, left=False)
+    scan, coded, asked = asked_of(index, queries)
     (shard,) = scan.coded.store.shards
     (block,) = scan._blocks(shard, [asked])
     products = torch.from_numpy(shard.codes[0][:640].astype(np.int64) @ coded.coded.codes.T)
@@ -256,10 +263,7 @@ def test_torch_compares_the_best_of_64_rows_at_any_number_of_queries(count: int)
     rows = np.random.default_rng(0).standard_normal((100_000, 8)).astype(np.float32)
     index.add(rows)
     index.delete(np.arange(0, 100_000, 5))
-    scan = index._scan
-    assert isinstance(scan, TorchScan)
-    coded = scan.coded.queries(rows[:count].astype(np.float64), torch_scan.rotate)
-    asked = torch_scan._Asked(coded, np.arange(count), 10, left=False)
+    scan, _, asked = asked_of(index, rows[:count])
     asked._set_threshold(torch.zeros(count))
     blocks = list(scan._blocks(scan.coded.store.shards[0], [asked]))
     assert {block.per_group for block in blocks} == {64}

@@ -181,7 +181,7 @@ class Frame:
         beyond = [_above(_norms(rotated[:, start:])) for start in (self.head, self.back)]
         largest = (np.abs(rotated) / steps).max(axis=1)
         if together > 1:
-            starts = np.r_[0 : 1 if len(largest) else 0, together - first : len(largest) : together]
+            starts = np.r_[0, together - first : len(largest) : together]
             sizes = np.diff(starts, append=len(largest))
             largest = np.maximum.reduceat(largest, starts).repeat(sizes)
         return _Quantised(*quantise(rotated, steps, largest), *beyond)

@@ -86,10 +86,15 @@ class NativeScan(CodedScan):
         staged_rows: int = STAGED_ROWS,
     ) -> None:
         super().__init__(rows, packed=True, tail_energy=tail_energy)
-        self._level = native.level() if level is None else level
+        self._asked_level = level
         self._staged_rows = staged_rows
         self._scratch: dict[bool, Scratch] = {}  # of the last searches of one query, and of several
         self._experience = StageExperience()
+
+    @property
+    def _level(self) -> int:
+        """That of the process that searches: AMX has to be asked for in each, and so it is here."""
+        return native.level() if self._asked_level is None else self._asked_level
 
     def query_block(self, k: int) -> int:
         """Queries that are best searched at a time."""
@@ -135,9 +140,7 @@ class NativeScan(CodedScan):
             k,
             cosine=self._rows.metric is Metric.cosine,
             threads=torch.get_num_threads(),
-            # An index may have been pickled where there was a better level; and that of AMX is the
-            # process's only once it was asked for.
-            level=min(self._level, native.level()),
+            level=self._level,
             stage=stage,
             scratch=scratch,
         )

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from twotower.retrieval.index import Float64Array, IdArray
 from twotower.retrieval.rows import Rows
-from twotower.retrieval.scan.candidates import GROUP, Best, Candidates, group_size, rerank
+from twotower.retrieval.scan.candidates import (
+    GROUP,
+    Best,
+    Candidates,
+    group_size,
+    rank_in_query,
+    rerank,
+)
 from twotower.retrieval.scan.certificate import Frame
 from twotower.retrieval.scan.certified_scan import CodedScan
 from twotower.retrieval.scan.codes import DEAD, Shard
@@ -289,11 +296,10 @@ class _Asked:
         query, order = query[better].sort(stable=True)
         if not len(query):
             return
-        counts = query.bincount(minlength=self.count)
-        rank = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-        fresh = torch.full((self.count, int(counts.max())), -torch.inf)
+        rank = torch.from_numpy(rank_in_query(query.numpy()))
+        fresh = torch.full((self.count, int(rank.max()) + 1), -torch.inf)
         fresh[query, rank] = lower[better][order]
-        raised = counts.nonzero()[:, 0]
+        raised = query[rank == 0]
         best = torch.cat([self._best[raised], fresh[raised]], 1)
         self._best[raised] = best.topk(self._k, sorted=False).values
         self._kth[raised] = self._best[raised].amin(1)
