@@ -9,9 +9,10 @@ two there is a pause, as the one's threads would be waiting for work while the o
 is the best of one thread, and of FAISS's matrix product at any number of queries. Rows of both
 sides lie on huge pages: FAISS searches ours where its own copy would not (`knn` takes any array).
 The index learns which part of its codes is best read first, and is timed once it knows. The
-machine's read bandwidth and int8 rate are measured in the same rounds; shares are of their medians,
-and may be above 1 where not all codes were read.
-Needs a C compiler for these two. Answers are compared with FAISS's, up to ties.
+machine's read bandwidth and int8 rates are measured in the same rounds; shares are of their
+medians, and may be above 1 where not all codes were read. The rates are those of vectors and, where
+there is AMX, of matrices: `vector_share` and `int8_share`, else these two are the same.
+Needs a C compiler for both limits. Answers are compared with FAISS's, up to ties.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PAUSE = (
     0.1  # seconds: threads of BLAS and OpenMP wait for more work, and take time from whom is next
 )
 LEARNING = 12  # searches: in which way is fastest, an index learns from three of each
-HEADINGS = "Q k ours_ms default_ms tuned_ms x_default x_tuned read_share int8_share"
+HEADINGS = "Q k ours_ms default_ms tuned_ms x_default x_tuned read_share vector_share int8_share"
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
     write(f"built in {built:.1f} s, {options.rows / built:,.0f} rows/s, {index.nbytes:,} bytes")
     with tempfile.TemporaryDirectory() as folder:
         limits = Limits(Path(folder), options.threads)
-        write(" ".join(f"{name:>10}" for name in HEADINGS.split()))
+        write(" ".join(f"{name:>12}" for name in HEADINGS.split()))
         for count in options.queries:
             for k in options.k:
                 compare(index, rows, queries[:count], k, limits, options)
@@ -96,7 +97,7 @@ class Limits:
         self._library = ctypes.CDLL(str(library))
         self._library.read_rate.restype = self._library.int8_rate.restype = ctypes.c_double
         self._library.int8_name.restype = ctypes.c_char_p
-        self.int8_name = self._library.int8_name().decode()
+        self.levels = [self._library.int8_level(vectors) for vectors in (True, False)]
         self._threads = ctypes.c_int64(threads)
         self._memory = huge_pages(1 << 29)
         self._memory[:] = 1
@@ -107,9 +108,17 @@ class Limits:
         rate = self._library.read_rate(ctypes.c_void_p(start), ctypes.c_int64(size), self._threads)
         return float(rate)
 
-    def int8(self) -> float:
-        """Multiplications and additions a second."""
-        return float(self._library.int8_rate(ctypes.c_int64(10_000_000), self._threads))
+    def int8(self) -> list[float]:
+        """Multiplications and additions a second: of vectors, and of matrices where they can be."""
+        rates: dict[int, float] = {}
+        for level in set(self.levels):
+            steps = ctypes.c_int64(10_000_000)
+            rates[level] = float(self._library.int8_rate(steps, self._threads, level))
+        return [rates[level] for level in self.levels]
+
+    def name(self, level: int) -> str:
+        """Of what there is a rate."""
+        return str(self._library.int8_name(level).decode())
 
 
 class Contender(NamedTuple):
@@ -170,18 +179,20 @@ def compare(
     ours, default = median.pop("ours"), median["default"]
     tuned = min(median.values())
     codes = options.rows * options.dim
-    peak = statistics.median(int8)
-    byte_share = int8_share = float("nan")
+    peaks = [statistics.median(rates) for rates in zip(*int8, strict=True)]
+    shares = [float("nan")] * 3
     if not options.cpu:  # the limits are in seconds of the clock on the wall
-        byte_share = codes / ours / statistics.median(read)
-        int8_share = 2 * codes * len(queries) / ours / peak if peak else float("nan")
-    times = [f"{1000 * value:10.2f}" for value in (ours, default, tuned)]
-    ratios = [f"{value:10.2f}" for value in (default / ours, tuned / ours, byte_share, int8_share)]
-    write(" ".join([f"{len(queries):>10} {k:>10}", *times, *ratios]))
+        shares[0] = codes / ours / statistics.median(read)
+        done = 2 * codes * len(queries) / ours
+        shares[1:] = [done / peak if peak else float("nan") for peak in peaks]
+    times = [f"{1000 * value:12.2f}" for value in (ours, default, tuned)]
+    ratios = [f"{value:12.2f}" for value in (default / ours, tuned / ours, *shares)]
+    write(" ".join([f"{len(queries):>12} {k:>12}", *times, *ratios]))
     fastest = min(median, key=lambda name: median[name])
     bandwidth = statistics.median(read) / 1e9
-    rates = f"read {bandwidth:.1f} GB/s; {limits.int8_name} {peak / 1e9:.0f} GOP/s"
-    write(f"# tuned: {fastest}; {rates}")
+    rates = dict(zip(limits.levels, peaks, strict=True))  # one, if vectors are all there is
+    names = ", ".join(f"{limits.name(level)} {rate / 1e9:.0f}" for level, rate in rates.items())
+    write(f"# tuned: {fastest}; read {bandwidth:.1f} GB/s; {names} GOP/s")
 
 
 def check(ours: Any, theirs: Any) -> None:

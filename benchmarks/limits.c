@@ -166,21 +166,25 @@ double read_rate(const char *from, int64_t bytes, int64_t threads) {
     return (double)(share * threads) / run(tasks, threads, read_share);
 }
 
+/* The best level of codes, and the best of vectors, where matrices are not multiplied at once. */
+int int8_level(int vectors) { return vectors ? vector_level() : best_level(); }
+
 /* Multiplications and additions a second, each counted; 0 where the processor is unknown. */
-double int8_rate(int64_t steps, int64_t threads) {
+double int8_rate(int64_t steps, int64_t threads, int level) {
     task tasks[MAX_THREADS];
     double operations = 0;
-    for (int64_t i = 0; i < threads; i++) tasks[i] = (task){0, steps, best_level(), 0, 0};
+    for (int64_t i = 0; i < threads; i++) tasks[i] = (task){0, steps, level, 0, 0};
     const double seconds = run(tasks, threads, multiply_share);
     for (int64_t i = 0; i < threads; i++) operations += tasks[i].operations;
     return operations / seconds;
 }
 
 /* What it is a rate of. */
-const char *int8_name(void) {
+const char *int8_name(int level) {
 #if defined(ON_AVX2)
-    return level_name(best_level());
+    return level_name(level);
 #else
+    (void)level;
     return "unknown";
 #endif
 }

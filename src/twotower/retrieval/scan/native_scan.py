@@ -28,6 +28,7 @@ TILED_QUERIES = 32  # from so many on AMX reads all codes in less time than stag
 MOST_RESULTS = 1 << 17  # of all queries, for each of which two rows are scored first
 REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this size; those with the nearest tails decide
 EXPLORE = 32  # one search of so many tries the ways in turn
+SLOWER, SELDOM = 1.5, 8  # a way so many times as slow as the best in one turn of so many only
 KEPT = 1 << 22  # lower bounds and candidates that all threads keep together, at most
 
 
@@ -51,9 +52,12 @@ class StageExperience:
         rarest = min(Stage, key=lambda stage: len(known[stage]))
         if len(known[rarest]) < NEIGHBOURS:
             return rarest
-        if self._asked[size] % EXPLORE == 0:
-            return list(Stage)[self._asked[size] // EXPLORE % len(Stage)]
-        return min(Stage, key=lambda stage: self._time(known[stage], tail))
+        times = {stage: self._time(known[stage], tail) for stage in Stage}
+        best = min(Stage, key=lambda stage: times[stage])
+        turn, searches = divmod(self._asked[size], EXPLORE)
+        other = list(Stage)[turn % len(Stage)]
+        worth = times[other] < SLOWER * times[best] or turn // len(Stage) % SELDOM == 1
+        return other if worth and searches == 0 else best
 
     def _searches(self, count: int, k: int, stage: Stage) -> deque[tuple[float, float]]:
         key = (count.bit_length(), k.bit_length(), stage)

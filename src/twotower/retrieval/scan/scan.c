@@ -74,11 +74,16 @@ typedef struct {
                         * that were spared */
 } tt_job;
 
+typedef struct { /* of one query the k best lower bounds, whichever thread found them */
+    pthread_mutex_t lock;
+    float *heap; /* the least first */
+    int64_t size;
+} lower_heap;
+
 typedef struct { /* one query in one thread */
-    float *heap; /* the k best lower bounds, the least first */
     candidate *found;
     exact *best; /* the k best of those re-ranked already, the worst first */
-    int64_t in_heap, num_found, room, num_best;
+    int64_t num_found, room, num_best;
     tt_asked asked;
     candidate *seeds; /* the rows that look best by what was read first, the worst first */
     int64_t num_seeds;
@@ -87,6 +92,7 @@ typedef struct { /* one query in one thread */
 typedef struct { /* what all threads know of a search */
     tt_wide *wide; /* queries in blocks, where they are scanned so */
     void *memory;  /* of their codes */
+    int32_t *packed; /* codes of all queries, tile by tile, word by word */
     int64_t group, groups;    /* panels of a group; groups of all shards */
     int64_t first_group, end; /* groups of this phase */
 } plan;
@@ -99,6 +105,7 @@ typedef struct {
     float *limits; /* of queries that are scanned in blocks */
     _Atomic int64_t *next;   /* group of panels, then query, that is taken next */
     _Atomic uint32_t *shared; /* thresholds of all threads, as ordered integers */
+    lower_heap *lower;        /* what they are made of, a query each */
     query_state *const *all; /* states of each thread */
     int64_t num_threads, collected, reranked, spared;
     kernels does;
@@ -119,23 +126,26 @@ static void raise_threshold(worker *self, int64_t query, float value) {
     }
 }
 
+/* Threads keep them together: each alone would see too few rows for a high threshold. Once k rows
+ * are there few are better, so that hardly one thread waits for another. */
 static void keep_lower(worker *self, int64_t query, float lower) {
-    query_state *state = self->states + query;
+    lower_heap *of = self->lower + query;
     const int64_t k = self->job->k;
-    if (lower <= state->asked.threshold) return; /* k rows are better, perhaps of other threads */
-    if (state->in_heap < k) {
-        int64_t place = state->in_heap++;
-        while (place && state->heap[(place - 1) / 2] > lower) {
-            state->heap[place] = state->heap[(place - 1) / 2];
+    if (lower <= self->states[query].asked.threshold) return; /* k rows are better */
+    pthread_mutex_lock(&of->lock);
+    if (of->size < k) {
+        int64_t place = of->size++;
+        while (place && of->heap[(place - 1) / 2] > lower) {
+            of->heap[place] = of->heap[(place - 1) / 2];
             place = (place - 1) / 2;
         }
-        state->heap[place] = lower;
-        if (state->in_heap < k) return;
-    } else {
-        if (lower <= state->heap[0]) return;
-        sift_down(state->heap, k, lower);
+        of->heap[place] = lower;
+    } else if (lower > of->heap[0]) {
+        sift_down(of->heap, k, lower);
     }
-    raise_threshold(self, query, state->heap[0]);
+    const float least = of->size == k ? of->heap[0] : -FLT_MAX;
+    pthread_mutex_unlock(&of->lock);
+    raise_threshold(self, query, least);
 }
 
 static const void *row_at(const tt_job *job, int64_t position, int64_t *half) {
@@ -319,15 +329,50 @@ static void note_rows(worker *self, const tt_shard *shard, int64_t panel, int64_
     if (rows) collect(self, shard, at, query, dots, rows);
 }
 
+/* The bound that rows have to reach, in units of the query's scale. */
+static float limit_of(const tt_asked *asked) {
+    const float limit = asked->threshold / asked->scale;
+    return limit < FLT_MAX ? limit : FLT_MAX;
+}
+
+/* What `few` functions need to know of a tile. */
+static tt_few make_few(const worker *self, const tile *queries) {
+    tt_few made = {.codes = self->plan->packed + queries->from * self->job->words};
+    for (int i = 0; i < queries->width; i++) {
+        const tt_asked *asked = &self->states[queries->from + i].asked;
+        made.start[i] = -asked->correction[BY_ALL] / (self->job->part[FRONT] ? 4 : 1);
+        made.limits[i] = limit_of(asked);
+        made.factor = made.factor < asked->factor ? asked->factor : made.factor;
+        made.spread = made.spread < asked->spread ? asked->spread : made.spread;
+    }
+    return made;
+}
+
+static void scan_few(worker *self, const tt_shard *shard, int64_t panel, const tt_panel *parts,
+                     int count, const tile *queries, tt_few *few) {
+    const int64_t at = panel * PANEL;
+    tt_seen seen __attribute__((aligned(64)));
+    unsigned some = self->does.few[queries->width](parts, count, few, shard, at, &seen);
+    for (; some; some &= some - 1) {
+        const int i = __builtin_ctz(some);
+        collect(self, shard, at, queries->from + i, seen.dots[i], seen.rows[i]);
+        few->limits[i] = limit_of(&self->states[queries->from + i].asked);
+    }
+}
+
 /* `next` is the panel that this one's place will have in the next group, if there is one. */
 static void scan_panel(worker *self, const tt_shard *shard, int64_t panel, const tile *queries,
-                       const tt_shard *next_shard, int64_t next) {
+                       tt_few *few, const tt_shard *next_shard, int64_t next) {
     const tt_job *job = self->job;
     const int to = job->part[FRONT] ? BACK : HEAD;
     tt_panel parts[PARTS];
     int32_t dots[TILE][PANEL] __attribute__((aligned(64)));
     parts_of(job, shard, panel, HEAD, to, parts);
     if (next_shard) bring_later(job, queries, next_shard, next, to, parts);
+    if (few->codes) {
+        scan_few(self, shard, panel, parts, to + 1, queries, few);
+        return;
+    }
     self->does.dots[queries->width](parts, to + 1, queries->codes, dots);
     for (int i = 0; i < queries->width; i++)
         note_rows(self, shard, panel, queries->from + i, dots[i]);
@@ -518,15 +563,31 @@ static void scan_group(worker *self, const group *now, const group *next) {
     const int64_t tiles = num_tiles(self->job);
     for (int64_t number = 0; number < tiles; number++) {
         const tile queries = make_tile(self, number, tiles);
+        tt_few few = self->plan->packed ? make_few(self, &queries) : (tt_few){0};
         int64_t panel = now->first;
         if (self->job->num_queries == 1)
             panel = scan_streams(self, now->shard, now->first, now->last, &queries);
         for (; panel < now->last; panel++) {
             const int64_t place = next->first + panel - now->first;
             const tt_shard *there = place < next->last ? next->shard : 0;
-            scan_panel(self, now->shard, panel, &queries, there, place);
+            scan_panel(self, now->shard, panel, &queries, &few, there, place);
         }
     }
+}
+
+/* Lay out the queries for `few` functions; whether there was memory. */
+static int pack_tiles(worker *self, plan *plan) {
+    const tt_job *job = self->job;
+    const int64_t tiles = num_tiles(job);
+    plan->packed = malloc(sizeof(int32_t) * (size_t)(job->num_queries * job->words));
+    if (!plan->packed) return 0;
+    for (int64_t number = 0; number < tiles; number++) {
+        const tile queries = make_tile(self, number, tiles);
+        int32_t *to = plan->packed + queries.from * job->words;
+        for (int64_t word = 0; word < job->words; word++)
+            for (int i = 0; i < queries.width; i++) *to++ = queries.codes[i][word];
+    }
+    return 1;
 }
 
 static void *scan(void *argument) {
@@ -579,12 +640,8 @@ static int make_wide(const worker *self, plan *plan) {
         int8_t(*codes)[WIDE][4 * STEP] = (void *)(place + bytes);
         for (int i = 0; i < WIDE && number * WIDE + i < job->num_queries; i++) {
             const tt_asked *asked = &self->states[number * WIDE + i].asked;
-            /* Rounding moves a bound by less than eight fp32 roundings, half a millionth, of the
-             * norm and of its width; what is let through too much is looked at again. */
-            const float factor = 1.000001f / asked->scale;
-            const float error = (asked->error + 0.000001f) * factor;
-            made->factor = made->factor < factor ? factor : made->factor;
-            made->error = made->error < error ? error : made->error;
+            made->factor = made->factor < asked->factor ? asked->factor : made->factor;
+            made->spread = made->spread < asked->spread ? asked->spread : made->spread;
             for (int row = 0; row < QUARTER; row++) less[i][row] = -asked->correction[BY_ALL];
             pack_query(job, number * WIDE + i, i, codes);
         }
@@ -592,13 +649,6 @@ static int make_wide(const worker *self, plan *plan) {
         made->codes = (const void *)codes;
     }
     return 1;
-}
-
-/* The bound that rows have to reach, in units of the query's scale. */
-static void limit(worker *self, int64_t query) {
-    const tt_asked *asked = &self->states[query].asked;
-    const float limit = asked->threshold / asked->scale;
-    self->limits[query] = limit < FLT_MAX ? limit : FLT_MAX;
 }
 
 /* Let a block of queries bring its share of the panel that comes next. */
@@ -630,7 +680,7 @@ static void note_wide(worker *self, bench *bench) {
         const int i = __builtin_ctz(some);
         collect(self, bench->shard, bench->at, bench->from + i, bench->reached.dots[i],
                 bench->reached.rows[i]);
-        limit(self, bench->from + i);
+        self->limits[bench->from + i] = limit_of(&self->states[bench->from + i].asked);
     }
 }
 
@@ -670,7 +720,7 @@ static void *scan_blocks(void *argument) {
         next = take_group(self);
         for (int64_t query = 0; query < self->job->num_queries; query++) {
             heed_others(self, query);
-            limit(self, query);
+            self->limits[query] = limit_of(&self->states[query].asked);
         }
         for (int64_t panel = now.first; panel < now.last; panel++) {
             const int inside = panel + 1 < now.last;
@@ -1030,7 +1080,10 @@ static int scan_all(worker *workers, int64_t threads) {
         if (!make_wide(workers, plan)) return 1;
         return run_groups(workers, threads, scan_blocks, 0, plan->groups);
     }
-    if (!phases) return run_groups(workers, threads, scan, 0, plan->groups);
+    if (!phases) {
+        if (workers->does.few[1] && !pack_tiles(workers, plan)) return 1;
+        return run_groups(workers, threads, scan, 0, plan->groups);
+    }
     for (int part = 0; part < PARTS; part++) {
         const int64_t words = panels * job->num_queries * QUARTERS * job->part[part];
         job->count[2] += words;
@@ -1058,19 +1111,44 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
         }
         state->asked.scale = job->query_scale[query];
         state->asked.error = job->query_error[query];
+        /* Rounding moves a bound by less than eight fp32 roundings, half a millionth, of the norm
+         * and of its width, where factors are taken out of it to look at many rows. */
+        state->asked.factor = 1.000001f / state->asked.scale;
+        state->asked.spread = (state->asked.error + 0.000001f) * state->asked.factor;
         for (int i = 0; i < 2; i++) state->asked.beyond[i] = job->query_beyond[i][query];
         state->asked.threshold = -FLT_MAX;
         state->room = room;
-        state->heap = malloc(sizeof(float) * (size_t)job->k);
         state->found = malloc(sizeof(candidate) * (size_t)room);
-        if (!state->heap || !state->found) return 0;
+        if (!state->found) return 0;
     }
     return 1;
 }
 
+static void discard_lower(lower_heap *of, int64_t queries) {
+    if (!of) return;
+    for (int64_t query = 0; query < queries; query++) pthread_mutex_destroy(&of[query].lock);
+    free(of->heap); /* of all, one behind the other */
+    free(of);
+}
+
+/* Of all queries; 0 where memory was short. */
+static lower_heap *make_lower(const tt_job *job) {
+    lower_heap *made = malloc(sizeof *made * (size_t)job->num_queries);
+    float *heaps = malloc(sizeof *heaps * (size_t)(job->num_queries * job->k));
+    if (!made || !heaps) {
+        free(made);
+        free(heaps);
+        return 0;
+    }
+    for (int64_t query = 0; query < job->num_queries; query++) {
+        made[query] = (lower_heap){.heap = heaps + query * job->k};
+        pthread_mutex_init(&made[query].lock, 0);
+    }
+    return made;
+}
+
 static void discard(worker *self, const tt_job *job) {
     for (int64_t query = 0; self->states && query < job->num_queries; query++) {
-        free(self->states[query].heap);
         free(self->states[query].found);
         free(self->states[query].best);
         free(self->states[query].seeds);
@@ -1143,10 +1221,11 @@ int tt_search(const tt_job *job) {
     worker *workers = calloc((size_t)threads, sizeof *workers);
     query_state **all = calloc((size_t)threads, sizeof *all);
     _Atomic uint32_t *shared = malloc(sizeof *shared * (size_t)job->num_queries);
-    if (!workers || !all || !shared) failed = 1;
+    lower_heap *lower = make_lower(job);
+    if (!workers || !all || !shared || !lower) failed = 1;
     for (int64_t i = 0; !failed && i < threads; i++) {
         workers[i] = (worker){.job = job, .plan = &plan, .next = &next, .shared = shared,
-                              .all = all, .num_threads = threads};
+                              .lower = lower, .all = all, .num_threads = threads};
         workers[i].does = choose_kernels(job->level);
         failed = !prepare(workers + i, job, 4 * job->k + 1024);
         all[i] = workers[i].states;
@@ -1165,8 +1244,10 @@ int tt_search(const tt_job *job) {
         job->count[3] += workers[i].spared;
         if (workers[i].job) discard(workers + i, job);
     }
+    discard_lower(lower, job->num_queries);
     free(plan.wide);
     free(plan.memory);
+    free(plan.packed);
     free(workers);
     free(all);
     free(shared);

@@ -52,11 +52,11 @@ typedef struct { /* what bounds are compared with, in registers */
 
 /* The width is that of the query whose bound is the widest. */
 ON_AMX static inline __attribute__((always_inline)) amx_rows amx_rows_of(const tt_pending *of) {
-    const __m512 error = _mm512_set1_ps(of->queries->error);
+    const __m512 spread = _mm512_set1_ps(of->queries->spread);
     const __m512 factor = _mm512_set1_ps(of->queries->factor);
     const tt_bounds *rows = of->rows;
 #define AMX_WIDTH(row) \
-    _mm512_fmadd_ps(error, _mm512_loadu_ps(rows->norm + row), \
+    _mm512_fmadd_ps(spread, _mm512_loadu_ps(rows->norm + row), \
                     _mm512_mul_ps(factor, _mm512_loadu_ps(rows->error + row)))
     return (amx_rows){_mm512_loadu_ps(rows->inverse), _mm512_loadu_ps(rows->inverse + QUARTER),
                       AMX_WIDTH(0), AMX_WIDTH(QUARTER)};

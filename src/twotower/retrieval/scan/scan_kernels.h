@@ -34,6 +34,7 @@ typedef struct {
 typedef struct { /* what bounds need to know of a query */
     float threshold, scale, error, beyond[2];
     int32_t correction[STAGES]; /* what the 128 in each code adds to products */
+    float factor, spread;       /* 1 / scale and error / scale, a little more */
 } tt_asked;
 
 /* Codes of four times 16 rows, so many words of four dimensions; `next` are those of a panel that
@@ -47,12 +48,26 @@ typedef struct {
     int line, lines;
 } tt_panel;
 
+/* Up to TILE queries for a level that looks at bounds as it multiplies: of each word their codes
+ * lie together. */
+typedef struct {
+    const int32_t *codes;
+    int32_t start[TILE]; /* of sums: minus the correction, or a quarter of it if there is a head */
+    float limits[TILE];  /* threshold / scale */
+    float factor, spread; /* the largest of them */
+} tt_few;
+
+typedef struct { /* rows of a panel that may reach the limits, and the products of such queries */
+    uint64_t rows[TILE];
+    int32_t dots[TILE][PANEL];
+} tt_seen;
+
 /* Up to WIDE queries for a level that takes so many at once. Codes are in steps, of front, back and
  * head; a part's last step ends where the part ends, and has zeros for what the one before had. */
 typedef struct {
     const int8_t (*codes)[WIDE][4 * STEP];
     const int32_t (*less)[QUARTER]; /* minus the correction of each, for each row of a quarter */
-    float error, factor;            /* the largest error / scale and 1 / scale of them */
+    float factor, spread;           /* the largest of them */
 } tt_wide;
 
 typedef struct { /* of half a panel and WIDE queries; those of the head lie apart, if it is one */
@@ -81,6 +96,9 @@ typedef struct { /* queries that have rows that may reach their limits, which, a
 /* Products of so many parts of a panel with queries, four times those of the first if there are
  * others. */
 typedef void (*dots_function)(const tt_panel *, int, const int32_t *const *, int32_t (*)[PANEL]);
+/* The same, and whose rows may reach their limits, a bit a query; what passes is looked at again. */
+typedef unsigned (*few_function)(const tt_panel *, int, const tt_few *, const tt_shard *, int64_t,
+                                 tt_seen *);
 typedef uint64_t (*reach_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *,
                                    int);
 typedef int (*peaks_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *, int,
@@ -97,6 +115,7 @@ typedef void (*last_function)(const tt_pending *, const tt_products *, tt_reache
 typedef struct {
     dots_function dots[TILE + 1]; /* by the number of queries */
     dots_function single;         /* of one query and the first quarter, at least */
+    few_function few[TILE + 1];   /* 0 where a level has none */
     reach_function reach;
     peaks_function peaks;
     product_function product;
@@ -223,20 +242,26 @@ ON_AVX2 static inline __attribute__((always_inline)) void avx2_dots(
 }
 ALL_DOTS(avx2_dots, ON_AVX2)
 
-ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
+/* Products, stored, or, if it `looks`, compared with the limits of a few; whose rows may reach
+ * them. */
+ON_VNNI static inline __attribute__((always_inline)) unsigned vnni_tile(
     const tt_panel *parts, int count, const int32_t *const *queries, const int width,
+    const int looks, const tt_few *few, const tt_shard *shard, int64_t at, tt_seen *seen,
     int32_t (*out)[PANEL]) {
-    const __m512i zero = _mm512_setzero_si512();
+    const int32_t *code = looks ? few->codes : 0;
+    const int32_t shift = count > 1 ? 2 : 0;
     int64_t first = 0;
-#define VNNI_SUMS(q) __m512i a##q = zero, b##q = zero, c##q = zero, d##q = zero;
+#define VNNI_SUMS(q) \
+    __m512i a##q = _mm512_set1_epi32(looks && width > q ? few->start[q] : 0), b##q = a##q, \
+            c##q = a##q, d##q = a##q;
     EACH(VNNI_SUMS)
 #define VNNI_STEP(q) \
     if (width > q) { \
-        const __m512i code = _mm512_set1_epi32(queries[q][word]); \
-        a##q = _mm512_dpbusd_epi32(a##q, p0, code); \
-        b##q = _mm512_dpbusd_epi32(b##q, p1, code); \
-        c##q = _mm512_dpbusd_epi32(c##q, p2, code); \
-        d##q = _mm512_dpbusd_epi32(d##q, p3, code); \
+        const __m512i asked = _mm512_set1_epi32(looks ? code[q] : queries[q][word]); \
+        a##q = _mm512_dpbusd_epi32(a##q, p0, asked); \
+        b##q = _mm512_dpbusd_epi32(b##q, p1, asked); \
+        c##q = _mm512_dpbusd_epi32(c##q, p2, asked); \
+        d##q = _mm512_dpbusd_epi32(d##q, p3, asked); \
     }
 #define VNNI_SHIFT(q) \
     a##q = _mm512_slli_epi32(a##q, 2), b##q = _mm512_slli_epi32(b##q, 2); \
@@ -265,11 +290,15 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
                 }
             }
             EACH(VNNI_STEP)
+            if (looks) code += width;
         }
+#define VNNI_HOLD(q) __asm__("" : "+v"(a##q), "+v"(b##q), "+v"(c##q), "+v"(d##q));
+        EACH(VNNI_HOLD)
         first = end;
         if (!--count) break;
         if (panel == parts) { EACH(VNNI_SHIFT) }
     }
+    if (!looks) {
 #define VNNI_STORE(q) \
     if (width > q) { \
         _mm512_storeu_si512(out[q], a##q); \
@@ -277,9 +306,54 @@ ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
         _mm512_storeu_si512(out[q] + 32, c##q); \
         _mm512_storeu_si512(out[q] + 48, d##q); \
     }
-    EACH(VNNI_STORE)
+        EACH(VNNI_STORE)
+        return 0;
+    }
+    /* A row reaches a threshold if its product times its scale >= limit - width, in units of the
+     * query's scale. The width is that of the query whose bound is the widest. */
+    unsigned some = 0;
+    const __m512 factor = _mm512_set1_ps(few->factor), spread = _mm512_set1_ps(few->spread);
+#define VNNI_WIDTH(row) \
+    _mm512_fmadd_ps(spread, _mm512_loadu_ps(shard->norm + at + row), \
+                    _mm512_mul_ps(factor, _mm512_loadu_ps(shard->error + at + row)))
+    const __m512 width0 = VNNI_WIDTH(0), width1 = VNNI_WIDTH(16);
+    const __m512 width2 = VNNI_WIDTH(32), width3 = VNNI_WIDTH(48);
+#define VNNI_PASS(sums, i) \
+    (uint64_t) _mm512_cmp_ps_mask( \
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), \
+                        _mm512_loadu_ps(shard->scale + at + 16 * i), width##i), \
+        limit, _CMP_NLT_UQ) << 16 * i
+#define VNNI_LOOK(q) \
+    if (width > q) { \
+        const __m512 limit = _mm512_set1_ps(few->limits[q]); \
+        seen->rows[q] = VNNI_PASS(a##q, 0) | VNNI_PASS(b##q, 1) | VNNI_PASS(c##q, 2) | \
+                        VNNI_PASS(d##q, 3); \
+        if (seen->rows[q]) { \
+            const __m512i less = _mm512_set1_epi32((int32_t)((uint32_t)few->start[q] << shift)); \
+            some |= 1u << q; \
+            _mm512_storeu_si512(seen->dots[q], _mm512_sub_epi32(a##q, less)); \
+            _mm512_storeu_si512(seen->dots[q] + 16, _mm512_sub_epi32(b##q, less)); \
+            _mm512_storeu_si512(seen->dots[q] + 32, _mm512_sub_epi32(c##q, less)); \
+            _mm512_storeu_si512(seen->dots[q] + 48, _mm512_sub_epi32(d##q, less)); \
+        } \
+    }
+    EACH(VNNI_LOOK)
+    return some;
+}
+
+ON_VNNI static inline __attribute__((always_inline)) void vnni_dots(
+    const tt_panel *parts, int count, const int32_t *const *queries, const int width,
+    int32_t (*out)[PANEL]) {
+    vnni_tile(parts, count, queries, width, 0, 0, 0, 0, 0, out);
 }
 ALL_DOTS(vnni_dots, ON_VNNI)
+
+#define VNNI_FEW(width) \
+    ON_VNNI static unsigned vnni_few_##width(const tt_panel *parts, int count, const tt_few *few, \
+                                             const tt_shard *shard, int64_t at, tt_seen *seen) { \
+        return vnni_tile(parts, count, 0, width, 1, few, shard, at, seen, 0); \
+    }
+VNNI_FEW(1) VNNI_FEW(2) VNNI_FEW(3) VNNI_FEW(4) VNNI_FEW(5) VNNI_FEW(6)
 
 /* Of one quarter and one query: four sums, as each waits for the one before. */
 ON_VNNI static void vnni_single(const tt_panel *part, int count, const int32_t *const *queries,
@@ -642,6 +716,7 @@ static kernels choose_kernels(int64_t level) {
                       .turn = plain_turn};
 #if defined(ON_AVX2)
     static const dots_function avx2[] = TABLE_OF(avx2_dots), vnni[] = TABLE_OF(vnni_dots);
+    static const few_function few[] = TABLE_OF(vnni_few);
     chosen.flips = level == AVX2;
     if (level >= AVX2) {
         memcpy(chosen.dots, avx2, sizeof avx2);
@@ -653,6 +728,7 @@ static kernels choose_kernels(int64_t level) {
     }
     if (level >= AVX512_VNNI) {
         memcpy(chosen.dots, vnni, sizeof vnni);
+        memcpy(chosen.few, few, sizeof few);
         chosen.single = vnni_single;
         chosen.reach = vnni_reach;
         chosen.peaks = vnni_peaks;
