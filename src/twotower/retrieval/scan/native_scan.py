@@ -29,6 +29,7 @@ MOST_RESULTS = 1 << 17  # of all queries, for each of which two rows are scored 
 REMEMBERED, NEIGHBOURS = 64, 3  # searches of about this size; those with the nearest tails decide
 EXPLORE = 32  # one search of so many tries the ways in turn
 SLOWER, SELDOM = 1.5, 8  # a way so many times as slow as the best in one turn of so many only
+RETRY = 16  # and after so many searches, twice as many, and so on: what disturbed it may be over
 KEPT = 1 << 22  # lower bounds and candidates that all threads keep together, at most
 
 
@@ -54,7 +55,11 @@ class StageExperience:
             return rarest
         times = {stage: self._time(known[stage], tail) for stage in Stage}
         best = min(Stage, key=lambda stage: times[stage])
-        turn, searches = divmod(self._asked[size], EXPLORE)
+        asked = self._asked[size]
+        beyond = asked - (1 << asked.bit_length() - 1)  # the largest power of two
+        if asked >= RETRY and beyond < len(Stage):
+            return list(Stage)[beyond]
+        turn, searches = divmod(asked, EXPLORE)
         other = list(Stage)[turn % len(Stage)]
         worth = times[other] < SLOWER * times[best] or turn // len(Stage) % SELDOM == 1
         return other if worth and searches == 0 else best
