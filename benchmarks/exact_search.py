@@ -36,6 +36,7 @@ from twotower.retrieval.exact import ExactConfig, ExactIndex
 from twotower.retrieval.faiss_index import import_faiss
 from twotower.retrieval.index import FloatArray
 from twotower.retrieval.scan.codes import huge_pages
+from twotower.retrieval.scan.native_scan import NATIVE_QUERIES
 from twotower.retrieval.scan.tiers import Tier, choose_tier, describe
 from twotower.retrieval.synthetic import clip_like, queries_of
 
@@ -43,7 +44,6 @@ PAUSE = (
     0.1  # seconds: threads of BLAS and OpenMP wait for more work, and take time from whom is next
 )
 LEARNING = 20  # searches: which way is fastest, an index learns from three of each, and tries again
-MANY = 1000  # queries, which are searched in several blocks
 HEADINGS = "Q k ours_ms default_ms tuned_ms x_default x_tuned read_share vector_share int8_share"
 
 
@@ -164,7 +164,7 @@ def compare(
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     read, int8 = [], []
     answers = {side.name: side.search() for side in sides}  # and warm caches
-    for _ in range(LEARNING if len(queries) < MANY else LEARNING // 5):
+    for _ in range(LEARNING if len(queries) <= NATIVE_QUERIES else LEARNING // 2):
         index.search(queries, k)
     rounds = min(options.rounds, 3) if len(queries) >= 4096 else options.rounds
     for _ in range(rounds):

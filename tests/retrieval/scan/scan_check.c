@@ -12,7 +12,7 @@ static float uniform(void) { /* from -1 to 1 */
     return (float)(seed >> 8) / 8388608.0f - 1.0f;
 }
 
-/* Exactly, so that a byte beyond is noticed; but sanitizers do not see what AMX loads and stores. */
+/* Exactly, so that a byte beyond is noticed; sanitizers do not see what AMX loads and stores. */
 static void *room(size_t bytes) {
     void *made = calloc(bytes ? bytes : 1, 1);
     if (!made) exit(3);
@@ -210,10 +210,121 @@ static int check_blocks(int64_t level) {
     return bad;
 }
 
+/* What a row can score at most by its code: in long double, which rounds no step as fp32 does. */
+static long double bound(int32_t dot, int row, const tt_shard *shard, const tt_asked *asked) {
+    return (long double)(dot - asked->correction[BY_ALL]) * asked->scale * shard->scale[row] +
+           (long double)asked->error * shard->norm[row] + shard->error[row];
+}
+
+/* Whether a row is missing of those that reach the threshold. */
+static int misses(uint64_t rows, int from, int to, const int32_t *dots, const tt_shard *shard,
+                  const tt_asked *asked) {
+    int bad = 0;
+    for (int row = from; row < to; row++)
+        bad |= bound(dots[row], row, shard, asked) >= asked->threshold &&
+               !(rows >> (row - from) & 1);
+    return bad;
+}
+
+#if defined(ON_AMX)
+/* Half a panel's products beside limits, as after AMX; these are AVX-512, and need no tiles. */
+static int check_last(const int32_t (*dots)[PANEL], const tt_shard *shard, const tt_asked *asked) {
+    static tt_products products;
+    static tt_reached reached;
+    static int32_t less[WIDE][QUARTER];
+    float limits[WIDE];
+    tt_bounds rows;
+    tt_wide wide = {.less = (const void *)less};
+    int bad = 0;
+    for (int query = 0; query < WIDE; query++) {
+        const tt_asked *one = asked + query % TILE;
+        widen(&wide.factor, &wide.spread, one);
+        limits[query] = limit_of(one);
+        for (int row = 0; row < HALF; row++)
+            products.dots[query][row] = dots[query % TILE][row] - one->correction[BY_ALL];
+    }
+    const tt_pending pending = {&wide, limits, &rows, 0};
+    amx_bounds(shard, 0, &rows);
+    amx_last(&pending, &products, &reached);
+    for (int query = 0; query < WIDE; query++)
+        bad |= misses(reached.rows[query], 0, HALF, dots[query % TILE], shard,
+                      asked + query % TILE);
+    return bad;
+}
+#endif
+
+/* Queries of very different scales and errors in one tile, each of which some row just reaches. */
+static int check_limits(int64_t words, int split) {
+    const int64_t part[PARTS] = {split ? words / 3 : words, split ? words / 3 : 0,
+                                 split ? words - words / 3 * 2 : 0};
+    uint8_t *codes = room((size_t)(words * LINE * QUARTERS)), *at = codes;
+    int8_t *queries = room((size_t)(words * 4 * TILE));
+    int32_t *packed = room((size_t)(words * 4 * TILE)), dots[TILE][PANEL];
+    float scale[PANEL], norm[PANEL], error[PANEL];
+    const tt_shard shard = {.scale = scale, .norm = norm, .error = error};
+    tt_panel parts[PARTS];
+    tt_asked asked[TILE] = {{0}};
+    tt_few few = {.codes = packed};
+    tt_seen seen;
+    const int32_t *single[TILE];
+    const int count = split ? PARTS : 1;
+    int bad = 0;
+    for (int64_t i = 0; i < words * LINE * QUARTERS; i++)
+        codes[i] = (uint8_t)(128 + 127 * uniform());
+    for (int64_t i = 0; i < words * 4 * TILE; i++) queries[i] = (int8_t)(127 * uniform());
+    for (int row = 0; row < PANEL; row++) {
+        scale[row] = ldexpf(1.5f + uniform() / 2, (int)(40 * uniform()));
+        norm[row] = scale[row] * 127 * sqrtf((float)words * 4);
+        error[row] = row % 9 ? scale[row] * (1 + uniform()) : 0;
+    }
+    for (int i = 0; i < count; i++) {
+        parts[i] = (tt_panel){.words = part[i]};
+        for (int j = 0; j < QUARTERS; j++, at += part[i] * LINE) parts[i].quarters[j] = at;
+    }
+    for (int i = 0; i < TILE; i++) {
+        int32_t sum = 0;
+        single[i] = (const int32_t *)(queries + i * words * 4);
+        for (int64_t j = 0; j < words * 4; j++)
+            sum += (split && j < part[HEAD] * 4 ? 4 : 1) * queries[i * words * 4 + j];
+        for (int64_t j = 0; j < words; j++) packed[j * TILE + i] = single[i][j];
+        asked[i].correction[BY_ALL] = 128 * sum;
+        asked[i].scale = ldexpf(1.5f + uniform() / 2, -8 + (int)(3 * uniform()));
+        asked[i].error = i % 2 ? 0 : 0.01f * (1 + uniform());
+        take_factors(asked + i);
+    }
+    choose_kernels(PLAIN).dots[TILE](parts, count, single, dots);
+    for (int i = 0; i < TILE; i++) {
+        const int row = (int)(31.9f + 31.9f * uniform()) / (i % 2 + 1); /* of the first half, too */
+        const long double reached = bound(dots[i][row], row, &shard, asked + i);
+        asked[i].threshold = (float)reached;
+        if (asked[i].threshold > reached)
+            asked[i].threshold = nextafterf(asked[i].threshold, -FLT_MAX);
+        few.start[i] = -asked[i].correction[BY_ALL] / (split ? 4 : 1);
+        few.limits[i] = limit_of(asked + i);
+        widen(&few.factor, &few.spread, asked + i);
+    }
+    for (int64_t level = 0; level <= vector_level(); level++) {
+        const few_function look = choose_kernels(level).few[TILE];
+        const unsigned some = look ? look(parts, count, &few, &shard, 0, &seen) : 0;
+        for (int i = 0; look && i < TILE; i++) {
+            bad |= misses(seen.rows[i], 0, PANEL, dots[i], &shard, asked + i);
+            bad |= (some >> i & 1) != (seen.rows[i] != 0);
+            bad |= seen.rows[i] && memcmp(seen.dots[i], dots[i], sizeof dots[i]);
+        }
+    }
+#if defined(ON_AMX)
+    if (vector_level() == AVX512_VNNI) bad |= check_last((const void *)dots, &shard, asked);
+#endif
+    free(codes), free(queries), free(packed);
+    if (bad) fprintf(stderr, "wrong limits: words %ld %d\n", (long)words, split);
+    return bad;
+}
+
 int main(void) {
     static const int64_t rows[] = {0, 1, 63, 64, 65, 3000}, dims[] = {1, 4, 7, 100, 512};
     static const int64_t queries[] = {1, 6, 13}, ks[] = {1, 10, 600}; /* 600: one step has less */
     int bad = check_turn(4, 1, 1, 1) | check_turn(8, 16, 20, 2) | check_turn(100, 33, 33, 3);
+    for (int i = 0; i < 600; i++) bad |= check_limits(3 + i % 40, i % 2);
     for (int64_t level = 0; level <= tt_level(); level++) bad |= check_blocks(level);
     for (int64_t level = 0; level <= tt_level(); level++)
         for (int kind = 0; kind < 16; kind++)

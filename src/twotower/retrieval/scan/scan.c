@@ -335,6 +335,19 @@ static float limit_of(const tt_asked *asked) {
     return limit < FLT_MAX ? limit : FLT_MAX;
 }
 
+/* What is left of a bound when factors are taken out of it, to look at many rows. Rounding moves it
+ * by less than eight fp32 roundings, half a millionth, of the norm and of its width. */
+static void take_factors(tt_asked *asked) {
+    asked->factor = 1.000001f / asked->scale;
+    asked->spread = (asked->error + 0.000001f) * asked->factor;
+}
+
+/* Make the factors of several queries as large as those of this one. */
+static void widen(float *factor, float *spread, const tt_asked *asked) {
+    if (*factor < asked->factor) *factor = asked->factor;
+    if (*spread < asked->spread) *spread = asked->spread;
+}
+
 /* What `few` functions need to know of a tile. */
 static tt_few make_few(const worker *self, const tile *queries) {
     tt_few made = {.codes = self->plan->packed + queries->from * self->job->words};
@@ -342,8 +355,7 @@ static tt_few make_few(const worker *self, const tile *queries) {
         const tt_asked *asked = &self->states[queries->from + i].asked;
         made.start[i] = -asked->correction[BY_ALL] / (self->job->part[FRONT] ? 4 : 1);
         made.limits[i] = limit_of(asked);
-        made.factor = made.factor < asked->factor ? asked->factor : made.factor;
-        made.spread = made.spread < asked->spread ? asked->spread : made.spread;
+        widen(&made.factor, &made.spread, asked);
     }
     return made;
 }
@@ -640,8 +652,7 @@ static int make_wide(const worker *self, plan *plan) {
         int8_t(*codes)[WIDE][4 * STEP] = (void *)(place + bytes);
         for (int i = 0; i < WIDE && number * WIDE + i < job->num_queries; i++) {
             const tt_asked *asked = &self->states[number * WIDE + i].asked;
-            made->factor = made->factor < asked->factor ? asked->factor : made->factor;
-            made->spread = made->spread < asked->spread ? asked->spread : made->spread;
+            widen(&made->factor, &made->spread, asked);
             for (int row = 0; row < QUARTER; row++) less[i][row] = -asked->correction[BY_ALL];
             pack_query(job, number * WIDE + i, i, codes);
         }
@@ -1111,10 +1122,7 @@ static int prepare(worker *self, const tt_job *job, int64_t room) {
         }
         state->asked.scale = job->query_scale[query];
         state->asked.error = job->query_error[query];
-        /* Rounding moves a bound by less than eight fp32 roundings, half a millionth, of the norm
-         * and of its width, where factors are taken out of it to look at many rows. */
-        state->asked.factor = 1.000001f / state->asked.scale;
-        state->asked.spread = (state->asked.error + 0.000001f) * state->asked.factor;
+        take_factors(&state->asked);
         for (int i = 0; i < 2; i++) state->asked.beyond[i] = job->query_beyond[i][query];
         state->asked.threshold = -FLT_MAX;
         state->room = room;

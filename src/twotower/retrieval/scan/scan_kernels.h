@@ -52,7 +52,7 @@ typedef struct {
  * lie together. */
 typedef struct {
     const int32_t *codes;
-    int32_t start[TILE]; /* of sums: minus the correction, or a quarter of it if there is a head */
+    int32_t start[TILE]; /* of sums: minus the correction, or a quarter of it if there is a tail */
     float limits[TILE];  /* threshold / scale */
     float factor, spread; /* the largest of them */
 } tt_few;
@@ -96,7 +96,7 @@ typedef struct { /* queries that have rows that may reach their limits, which, a
 /* Products of so many parts of a panel with queries, four times those of the first if there are
  * others. */
 typedef void (*dots_function)(const tt_panel *, int, const int32_t *const *, int32_t (*)[PANEL]);
-/* The same, and whose rows may reach their limits, a bit a query; what passes is looked at again. */
+/* The same, and whose rows may reach their limits, a bit a query; these are looked at again. */
 typedef unsigned (*few_function)(const tt_panel *, int, const tt_few *, const tt_shard *, int64_t,
                                  tt_seen *);
 typedef uint64_t (*reach_function)(const int32_t *, const tt_shard *, int64_t, const tt_asked *,
