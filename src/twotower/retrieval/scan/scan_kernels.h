@@ -292,6 +292,7 @@ ON_VNNI static inline __attribute__((always_inline)) unsigned vnni_tile(
             EACH(VNNI_STEP)
             if (looks) code += width;
         }
+        /* Held in registers: GCC would keep them in memory, in the loop too, for what follows. */
 #define VNNI_HOLD(q) __asm__("" : "+v"(a##q), "+v"(b##q), "+v"(c##q), "+v"(d##q));
         EACH(VNNI_HOLD)
         first = end;
